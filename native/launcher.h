@@ -1,0 +1,32 @@
+// C interface to the kernels: no torch, no exceptions. Functions return 0, or nonzero with a message in `error` (of error_size bytes).
+#pragma once
+
+#include <problem.h>
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Enqueues one call on `stream` (a cudaStream_t) of the current device. Allocates nothing, synchronises nothing.
+int mlpdown_launch(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, void* stream, char* error, size_t error_size);
+
+// What a plan takes on the current device.
+struct MlpDownResources {
+  int num_clusters;  // of a launch for problem->hidden_dim
+  int max_active_clusters;
+  int shared_memory_bytes;
+  int registers_per_thread;
+  int local_bytes_per_thread;
+  int threads_per_cta;
+};
+int mlpdown_resources(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, struct MlpDownResources* resources, char* error,
+                      size_t error_size);
+
+// Shared memory of one CTA in bytes. Needs no device.
+unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
+                                         unsigned int num_stages);
+
+#ifdef __cplusplus
+}
+#endif

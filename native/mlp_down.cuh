@@ -1,0 +1,252 @@
+// The production kernel: out = hidden_states + attn_output + weight @ mlp_intermediate + bias for one token.
+//
+//     global memory                     shared memory of CTA `rank`                              shared memory of the row's owner
+//     weight rows  --bulk copies-->  ring of stages --consumer warps--> segment sums --st.async--> partials --epilogue warp--> out
+//
+// A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of rows_per_stage. Each CTA holds a slice of the
+// reduction axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which
+// all ranks send their segment sums.
+//
+//   warp 0        producer   fills the ring: weight slices, one stage a tile; and the activation slice, once
+//   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
+//   warps 2 ...   consumers  each takes a segment and kRowsPerWarp rows at a time
+//
+// Barriers, who arrives, and how many bytes they expect:
+//   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
+//   empty_barriers[stage]     every consumer warp                 -> producer: the stage may be overwritten
+//   activation_barrier        producer, 1 + the slice's bytes     -> consumers
+//   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
+//   partials_empty[slot]      the epilogue of every rank          -> consumers: all owners have read the slot, at their own CTA
+//
+// The specification, reference/kernel.py, has the same sections in the same order.
+#pragma once
+
+#include <arithmetic.cuh>
+#include <problem.h>
+#include <ptx.cuh>
+#include <shared_layout.h>
+
+constexpr uint32_t kProducerWarp = 0;
+constexpr uint32_t kEpilogueWarp = 1;
+constexpr uint32_t kFirstConsumerWarp = 2;
+constexpr uint32_t kMaxConsumerWarps = 16;
+constexpr uint32_t kMaxThreads = (kFirstConsumerWarp + kMaxConsumerWarps) * kNumLanes;
+
+// A position in a ring of slots or stages, and the parity of the pass over it.
+struct RingPosition {
+  uint32_t idx = 0;
+  uint32_t phase = 0;
+
+  MLPDOWN_DEVICE void advance(uint32_t size) {
+    if (++idx == size) {
+      idx = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
+MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
+  // ---- Sizes ----
+  constexpr uint32_t kSegmentsPerCta = kNumSegments / kClusterSize;
+  const uint32_t warp_idx = ptx::thread_idx() / kNumLanes;
+  const uint32_t lane = ptx::thread_idx() % kNumLanes;
+  const uint32_t cta_rank_in_cluster = ptx::cta_rank_in_cluster();
+
+  const Segments segments(problem.intermediate_dim);
+  const uint32_t first_segment = cta_rank_in_cluster * kSegmentsPerCta;
+  const uint32_t slice_first_vector = segments.first_vector(first_segment);
+  const uint32_t slice_num_vectors = segments.first_vector(first_segment + kSegmentsPerCta) - slice_first_vector;
+  const uint32_t slice_bytes = slice_num_vectors * kVectorBytes;
+
+  // Balanced rows: the clusters' shares differ by one row at most.
+  const uint32_t first_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * ptx::cluster_idx() / ptx::num_clusters());
+  const uint32_t end_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * (ptx::cluster_idx() + 1) / ptx::num_clusters());
+  const uint32_t num_tiles = (end_row - first_row + plan.rows_per_stage - 1) / plan.rows_per_stage;
+  const auto rows_in_tile = [&](uint32_t tile) {
+    const uint32_t rows_left = end_row - first_row - tile * plan.rows_per_stage;
+    return rows_left < plan.rows_per_stage ? rows_left : plan.rows_per_stage;
+  };
+
+  // ---- Shared memory ----
+  const SharedLayout layout(problem.intermediate_dim, kClusterSize, plan.rows_per_stage, plan.num_stages);
+  const ptx::SharedAddress smem = ptx::dynamic_shared_memory();
+  const auto full_barriers = [&](uint32_t stage_idx) { return smem + layout.full_barriers + stage_idx * kBarrierBytes; };
+  const auto empty_barriers = [&](uint32_t stage_idx) { return smem + layout.empty_barriers + stage_idx * kBarrierBytes; };
+  const auto partials_full = [&](uint32_t slot_idx) { return smem + layout.partials_full + slot_idx * kBarrierBytes; };
+  const auto partials_empty = [&](uint32_t slot_idx) { return smem + layout.partials_empty + slot_idx * kBarrierBytes; };
+  const ptx::SharedAddress activation_barrier = smem + layout.activation_barrier;
+  const auto partials = [&](uint32_t slot_idx, uint32_t owned_row, uint32_t segment) {
+    return smem + layout.partials + ((slot_idx * layout.owned_rows_per_slot + owned_row) * kNumSegments + segment) * uint32_t{sizeof(float)};
+  };
+  const ptx::SharedAddress smem_activation = smem + layout.activation;
+  const auto smem_weight = [&](uint32_t stage_idx, uint32_t row) {
+    return smem + layout.ring + stage_idx * layout.stage_bytes + row * slice_bytes;
+  };
+
+  // ---- Barriers ----
+  // The producer initialises them: it can then fill its ring without waiting for anyone.
+  if (warp_idx == kProducerWarp && lane == 0) {
+    for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
+      ptx::mbarrier_init(full_barriers(stage_idx), 1);
+      ptx::mbarrier_init(empty_barriers(stage_idx), plan.num_consumer_warps);
+    }
+    for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
+      ptx::mbarrier_init(partials_full(slot_idx), 1);
+      ptx::mbarrier_init(partials_empty(slot_idx), kClusterSize);
+    }
+    ptx::mbarrier_init(activation_barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::syncwarp();
+  // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster.
+  ptx::barrier_cluster_arrive();
+
+  // ---- Producer ----
+  if (warp_idx == kProducerWarp) {
+    const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight);
+    const auto wait_and_load_activation = [&] {
+      ptx::griddepcontrol_wait();
+      if (lane == 0) {
+        ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
+        if (slice_bytes > 0) {
+          const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
+          ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
+        }
+      }
+    };
+    // Only a weight that nobody is writing may be read before the wait: then as many tiles as the ring holds.
+    const uint32_t num_prefetchable = num_tiles < plan.num_stages ? num_tiles : plan.num_stages;
+    const uint32_t num_tiles_before_wait = plan.weight_prefetch ? num_prefetchable : 0;
+
+    RingPosition stage;
+    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+      if (tile == num_tiles_before_wait) wait_and_load_activation();
+      if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+      const uint32_t num_rows = rows_in_tile(tile);
+      const uint64_t tile_first_row = first_row + tile * plan.rows_per_stage;
+      // Expects num_rows * slice_bytes. Copies of other lanes may land before this arrival: the phase waits for the arrival.
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), num_rows * slice_bytes);
+      if constexpr (kClusterSize == 1) {
+        // Whole rows follow each other in memory: one copy.
+        if (lane == 0) {
+          ptx::cp_async_bulk(smem_weight(stage.idx, 0), weight + tile_first_row * problem.intermediate_dim, num_rows * slice_bytes,
+                             full_barriers(stage.idx));
+        }
+      } else if (lane < num_rows && slice_bytes > 0) {
+        const uint16_t* const source = weight + (tile_first_row + lane) * problem.intermediate_dim + slice_first_vector * kVectorSize;
+        ptx::cp_async_bulk(smem_weight(stage.idx, lane), source, slice_bytes, full_barriers(stage.idx));
+      }
+      stage.advance(plan.num_stages);
+    }
+    if (num_tiles_before_wait == num_tiles) wait_and_load_activation();
+    ptx::griddepcontrol_launch_dependents();
+    ptx::syncwarp();
+    ptx::barrier_cluster_wait();
+    return;
+  }
+
+  ptx::barrier_cluster_wait();
+
+  // ---- Consumers ----
+  if (warp_idx >= kFirstConsumerWarp) {
+    ptx::mbarrier_wait(activation_barrier, 0);
+    RingPosition stage;
+    RingPosition slot;
+    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+      const uint32_t num_rows = rows_in_tile(tile);
+      const uint32_t num_items = (num_rows + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
+      ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
+      if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);
+
+      for (uint32_t item = warp_idx - kFirstConsumerWarp; item < num_items; item += plan.num_consumer_warps) {
+        const uint32_t segment = item % kSegmentsPerCta;
+        const uint32_t item_first_row = item / kSegmentsPerCta * kRowsPerWarp;
+        const uint32_t first_vector = segments.first_vector(first_segment + segment) - slice_first_vector;
+        const uint32_t end_vector = segments.first_vector(first_segment + segment + 1) - slice_first_vector;
+        ptx::SharedAddress weight_rows[kRowsPerWarp];
+        float accumulators[kRowsPerWarp][kVectorSize];
+#pragma unroll
+        for (uint32_t row = 0; row < kRowsPerWarp; ++row) {
+          // Rows that the last tile lacks: the last row it has is summed again, and not sent.
+          const uint32_t tile_row = item_first_row + row < num_rows ? item_first_row + row : num_rows - 1;
+          weight_rows[row] = smem_weight(stage.idx, tile_row);
+#pragma unroll
+          for (uint32_t j = 0; j < kVectorSize; ++j) accumulators[row][j] = 0.0f;
+        }
+#pragma unroll 4
+        for (uint32_t vector = first_vector + lane; vector < end_vector; vector += kNumLanes) {
+          float activation[kVectorSize];
+          unpack<DType>(ptx::ld_shared(smem_activation + vector * kVectorBytes), activation);
+#pragma unroll
+          for (uint32_t row = 0; row < kRowsPerWarp; ++row) {
+            accumulate<DType>(ptx::ld_shared(weight_rows[row] + vector * kVectorBytes), activation, accumulators[row]);
+          }
+        }
+
+        float sums[kRowsPerWarp];
+#pragma unroll
+        for (uint32_t row = 0; row < kRowsPerWarp; ++row) sums[row] = sum_lane(accumulators[row]);
+        const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);
+
+        // Segment sums meet: to the owner of the row, 4 bytes at its partials_full.
+        const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
+        if (lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows) {
+          const uint32_t owner = tile_row % kClusterSize;
+          ptx::st_async(ptx::mapa(partials(slot.idx, tile_row / kClusterSize, first_segment + segment), owner), segment_sum,
+                        ptx::mapa(partials_full(slot.idx), owner));
+        }
+      }
+      ptx::syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
+      stage.advance(plan.num_stages);
+      slot.advance(kNumPartialSlots);
+    }
+    return;
+  }
+
+  // ---- Epilogue: segments in order, bias, residuals, one rounding ----
+  // Reads what earlier kernels wrote, and writes what they may still be reading.
+  ptx::griddepcontrol_wait();
+  const auto load = [](const void* tensor, uint32_t idx) { return DType::to_float(ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx)); };
+  RingPosition slot;
+  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+    // Lane i takes the i-th row that this CTA owns: rows rank, rank + kClusterSize, ... of the tile.
+    const uint32_t num_rows = rows_in_tile(tile);
+    const uint32_t num_owned_rows = (num_rows + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
+    const bool owns_row = lane < num_owned_rows;
+    const uint32_t row = first_row + tile * plan.rows_per_stage + lane * kClusterSize + cta_rank_in_cluster;
+    const bool has_residuals = owns_row && !problem.is_partial_sums;
+    const float bias = has_residuals && problem.bias ? load(problem.bias, row) : 0.0f;
+    const float attn_output = has_residuals && problem.attn_output ? load(problem.attn_output, row) : 0.0f;
+    const float hidden_states = has_residuals ? load(problem.hidden_states, row) : 0.0f;
+
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
+    ptx::mbarrier_wait_cluster(partials_full(slot.idx), slot.phase);
+    float segment_sums[kNumSegments] = {};
+    if (owns_row) {
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const ptx::Vector sums = ptx::ld_shared(partials(slot.idx, lane, half * 4));
+#pragma unroll
+        for (uint32_t word = 0; word < 4; ++word) segment_sums[half * 4 + word] = ptx::float_from_bits(sums.words[word]);
+      }
+    }
+    // The slot is free for the tile kNumPartialSlots later, at every rank. Without such a tile nobody waits, and the rank may be gone.
+    ptx::syncwarp();
+    if (tile + kNumPartialSlots < num_tiles && lane < kClusterSize) ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(slot.idx), lane));
+
+    if (owns_row) {
+      float total = sum_segments(segment_sums);
+      if (problem.is_partial_sums) {
+        ptx::st_global(static_cast<float*>(problem.out) + row, total);
+      } else {
+        if (problem.bias) total = ptx::add_rn(total, bias);
+        if (problem.attn_output) total = ptx::add_rn(total, attn_output);
+        total = ptx::add_rn(total, hidden_states);
+        ptx::st_global(static_cast<uint16_t*>(problem.out) + row, DType::round_once(total));
+      }
+    }
+    slot.advance(kNumPartialSlots);
+  }
+}

@@ -1,0 +1,35 @@
+// What the host tells the kernel: the tensors, their sizes, and the run-time half of the plan. Plain C, no torch, no CUDA.
+#pragma once
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One call. Tensors are 16-bit, row-major, on one device; weight and mlp_intermediate are 16-byte aligned.
+struct MlpDownProblem {
+  const void* hidden_states;     // [hidden_dim]; not read for partial sums
+  const void* attn_output;       // [hidden_dim] or null
+  const void* mlp_intermediate;  // [intermediate_dim]
+  const void* weight;            // [hidden_dim, intermediate_dim]
+  const void* bias;              // [hidden_dim] or null
+  void* out;                     // [hidden_dim], 16-bit, or float32 for partial sums
+  unsigned int hidden_dim;
+  unsigned int intermediate_dim;
+  int is_bfloat16;
+  int is_partial_sums;  // steps 1 to 7 of the canonical order alone: out = weight @ mlp_intermediate in float32, unrounded
+};
+
+// How fast, never what: mlpdown/plan.py says what each member is for and chooses it.
+struct MlpDownPlan {
+  unsigned int cluster_size;
+  unsigned int rows_per_warp;
+  unsigned int rows_per_stage;
+  unsigned int num_stages;
+  unsigned int num_consumer_warps;
+  int weight_prefetch;
+  int dependent_launch;
+};
+
+#ifdef __cplusplus
+}
+#endif
