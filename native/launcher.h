@@ -4,12 +4,14 @@
 #include <problem.h>
 #include <stddef.h>
 
+#define MLPDOWN_EXPORT __attribute__((visibility("default")))
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 // Enqueues one call on `stream` (a cudaStream_t) of the current device. Allocates nothing, synchronises nothing.
-int mlpdown_launch(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, void* stream, char* error, size_t error_size);
+MLPDOWN_EXPORT int mlpdown_launch(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, void* stream, char* error, size_t error_size);
 
 // What a plan takes on the current device.
 struct MlpDownResources {
@@ -20,11 +22,11 @@ struct MlpDownResources {
   int local_bytes_per_thread;
   int threads_per_cta;
 };
-int mlpdown_resources(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, struct MlpDownResources* resources, char* error,
+MLPDOWN_EXPORT int mlpdown_resources(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, struct MlpDownResources* resources, char* error,
                       size_t error_size);
 
 // Shared memory of one CTA in bytes. Needs no device.
-unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
+MLPDOWN_EXPORT unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
                                          unsigned int num_stages);
 
 #ifdef __cplusplus

@@ -1,0 +1,168 @@
+// The op as torch sees it, on torch's stable ABI (LibTorch 2.10 and later, any Python). The only file with torch headers.
+//
+// It checks everything the launch relies on, in a few comparisons, and refuses with a RuntimeError. Which argument is wrong and how is
+// for mlpdown/validate.py to say, which looks at the arguments of a refused call.
+#include <launcher.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+// A CPU-only torch has no such symbol: weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr size_t kErrorSize = 512;
+constexpr uintptr_t kAlignment = 16;  // of what bulk copies read
+
+void check_tensor(const Tensor& tensor, const char* name, const Tensor& weight, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == weight.get_device(), name, " must be on the CUDA device of weight");
+  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), name, " must have the dtype of weight");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ", tensor.numel());
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kAlignment == 0; }
+
+// The weight and the activation: what bulk copies read.
+MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_cuda(), "weight must be on a CUDA device");
+  const ScalarType dtype = weight.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "weight must be float16 or bfloat16");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix");
+  const int64_t hidden_dim = weight.size(0);
+  const int64_t intermediate_dim = weight.size(1);
+  STD_TORCH_CHECK(hidden_dim >= 1 && hidden_dim < (int64_t{1} << 31), "hidden_dim must be in [1, 2**31), got ", hidden_dim);
+  STD_TORCH_CHECK(intermediate_dim >= 8 && intermediate_dim % 8 == 0 && intermediate_dim < (int64_t{1} << 24),
+                  "intermediate_dim must be a positive multiple of 8 below 2**24, got ", intermediate_dim);
+  check_tensor(mlp_intermediate, "mlp_intermediate", weight, intermediate_dim);
+  STD_TORCH_CHECK(is_aligned(weight) && is_aligned(mlp_intermediate), "weight and mlp_intermediate must be 16-byte aligned");
+
+  MlpDownProblem problem = {};
+  problem.mlp_intermediate = mlp_intermediate.data_ptr();
+  problem.weight = weight.data_ptr();
+  problem.hidden_dim = static_cast<unsigned int>(hidden_dim);
+  problem.intermediate_dim = static_cast<unsigned int>(intermediate_dim);
+  problem.is_bfloat16 = dtype == ScalarType::BFloat16;
+  return problem;
+}
+
+bool overlap(const Tensor& out, const Tensor& tensor) {
+  const char* const out_begin = static_cast<const char*>(out.data_ptr());
+  const char* const begin = static_cast<const char*>(tensor.data_ptr());
+  return out_begin < begin + tensor.numel() * tensor.element_size() && begin < out_begin + out.numel() * out.element_size();
+}
+
+unsigned int plan_value(int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value < (int64_t{1} << 31), "plan values must be in [0, 2**31), got ", value);
+  return static_cast<unsigned int>(value);
+}
+
+MlpDownPlan make_plan(int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
+                      bool weight_prefetch, bool dependent_launch) {
+  MlpDownPlan plan = {};
+  plan.cluster_size = plan_value(cluster_size);
+  plan.rows_per_warp = plan_value(rows_per_warp);
+  plan.rows_per_stage = plan_value(rows_per_stage);
+  plan.num_stages = plan_value(num_stages);
+  plan.num_consumer_warps = plan_value(num_consumer_warps);
+  plan.weight_prefetch = weight_prefetch;
+  plan.dependent_launch = dependent_launch;
+  return plan;
+}
+
+// On the current stream of the tensors' device, whatever the caller's current device is.
+void launch(const MlpDownProblem& problem, const MlpDownPlan& plan, int32_t device_index) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0, "torch has no current stream for device ", device_index);
+  char error[kErrorSize] = "";
+  STD_TORCH_CHECK(mlpdown_launch(&problem, &plan, stream, error, kErrorSize) == 0, error);
+}
+
+void launch_into(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
+                 const OptionalTensor& bias, const MlpDownPlan& plan, const Tensor& out) {
+  MlpDownProblem problem = check_product(mlp_intermediate, weight);
+  const int64_t hidden_dim = problem.hidden_dim;
+  check_tensor(hidden_states, "hidden_states", weight, hidden_dim);
+  if (attn_output) check_tensor(*attn_output, "attn_output", weight, hidden_dim);
+  if (bias) check_tensor(*bias, "bias", weight, hidden_dim);
+  problem.hidden_states = hidden_states.data_ptr();
+  problem.attn_output = attn_output ? attn_output->data_ptr() : nullptr;
+  problem.bias = bias ? bias->data_ptr() : nullptr;
+  problem.out = out.data_ptr();
+  launch(problem, plan, weight.get_device_index());
+}
+
+Tensor mlp_down_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
+                     int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
+                     bool weight_prefetch, bool dependent_launch) {
+  const Tensor out = torch::stable::empty_like(hidden_states);
+  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
+              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch), out);
+  return out;
+}
+
+void mlp_down_out_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
+                       int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
+                       bool weight_prefetch, bool dependent_launch, Tensor out) {
+  check_tensor(out, "out", weight, hidden_states.numel());
+  STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
+                      !overlap(out, weight) && !(bias && overlap(out, *bias)),
+                  "out must not overlap an input");
+  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
+              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch), out);
+}
+
+Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage,
+                         int64_t num_stages, int64_t num_consumer_warps, bool weight_prefetch, bool dependent_launch) {
+  MlpDownProblem problem = check_product(mlp_intermediate, weight);
+  const int64_t size[] = {problem.hidden_dim};
+  const Tensor out = torch::stable::new_empty(mlp_intermediate, torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Float);
+  problem.out = out.data_ptr();
+  problem.is_partial_sums = 1;
+  launch(problem, make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch),
+         weight.get_device_index());
+  return out;
+}
+
+}  // namespace
+
+#define MLPDOWN_PLAN_SCHEMA                                                                                                     \
+  "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, bool weight_prefetch, bool " \
+  "dependent_launch"
+
+STABLE_TORCH_LIBRARY(mlpdown, library) {
+  library.def(
+      "mlp_down(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, " MLPDOWN_PLAN_SCHEMA
+      ") -> Tensor");
+  library.def(
+      "mlp_down.out(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, " MLPDOWN_PLAN_SCHEMA
+      ", *, Tensor(a!) out) -> ()");
+  library.def("partial_sums(Tensor mlp_intermediate, Tensor weight, " MLPDOWN_PLAN_SCHEMA ") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mlpdown, CUDA, library) {
+  library.impl("mlp_down", TORCH_BOX(&mlp_down_cuda));
+  library.impl("mlp_down.out", TORCH_BOX(&mlp_down_out_cuda));
+  library.impl("partial_sums", TORCH_BOX(&partial_sums_cuda));
+}
+
+// On CPU tensors the same functions answer that the weight must be on a CUDA device.
+STABLE_TORCH_LIBRARY_IMPL(mlpdown, CPU, library) {
+  library.impl("mlp_down", TORCH_BOX(&mlp_down_cuda));
+  library.impl("mlp_down.out", TORCH_BOX(&mlp_down_out_cuda));
+  library.impl("partial_sums", TORCH_BOX(&partial_sums_cuda));
+}
