@@ -1,0 +1,71 @@
+"""Which backends there are, which can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+
+import torch
+
+from . import native_backend
+from .build import BuildError
+
+BACKENDS = ("native", "numba", "torch")
+
+logger = logging.getLogger("mlpdown")
+_said: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, and if not, why (if so, on what)."""
+
+    available: bool
+    reason: str
+
+
+def backends() -> dict[str, BackendStatus]:
+    """The state of every backend on this machine, best first.
+
+    Finding out about ``native`` loads its library, and builds it if there is a compiler and no library yet.
+    """
+    return {"native": _native_status(), "numba": _numba_status(), "torch": BackendStatus(True, f"torch {torch.__version__}")}
+
+
+def native_refusal_here(device_index: int | None = None) -> Exception | None:
+    """Why ``native`` cannot run on a CUDA device (the current one) of this machine; None if it can."""
+    if torch.version.cuda is None:
+        return RuntimeError("backend 'native' needs a torch built with CUDA, this one is " + torch.__version__)
+    if not torch.cuda.is_available():
+        return RuntimeError("backend 'native' needs a CUDA GPU, torch finds none (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)")
+    refusal = native_backend.refusal_of_device(torch.cuda.current_device() if device_index is None else device_index)
+    if refusal is not None:
+        return refusal
+    try:
+        native_backend.load()
+    except BuildError as error:
+        return error
+    return None
+
+
+def say_once(message: str, *, level: int = logging.WARNING) -> None:
+    """Log a message, the first time that it comes up in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, message)
+
+
+def _native_status() -> BackendStatus:
+    refusal = native_refusal_here()
+    if refusal is not None:
+        return BackendStatus(False, str(refusal))
+    device = native_backend.device_properties(torch.cuda.current_device())
+    return BackendStatus(True, f"{device.name}, compute capability {'.'.join(map(str, device.compute_capability))}")
+
+
+def _numba_status() -> BackendStatus:
+    for package in ("numba", "numba_cuda"):
+        if importlib.util.find_spec(package) is None:
+            return BackendStatus(False, f"the package {package.replace('_', '-')} is not installed")
+    return BackendStatus(True, "the specification, on CPU tensors and on CUDA tensors")

@@ -1,0 +1,133 @@
+"""The plan: everything that decides how fast the native kernel runs, and nothing that decides what it computes.
+
+The values that the kernel needs at compile time are listed once, in :data:`CLUSTER_SIZES` and :data:`ROWS_PER_WARP`; the build
+instantiates every pair of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+NUM_SEGMENTS = 8  # of the canonical order: a cluster can split them, not cut them
+VECTOR_SIZE = 8
+BYTES_PER_ELEMENT = 2
+
+CLUSTER_SIZES = (1, 2, 4, 8)
+ROWS_PER_WARP = (1, 2, 4)
+MAX_ROWS_PER_STAGE = 32
+MAX_STAGES = 16
+MAX_CONSUMER_WARPS = 16
+
+_BARRIER_BYTES = 8
+_NUM_PARTIAL_SLOTS = 8
+
+
+def instantiations() -> list[tuple[int, int]]:
+    """``(cluster_size, rows_per_warp)`` of every kernel that the build compiles, for each dtype."""
+    return list(itertools.product(CLUSTER_SIZES, ROWS_PER_WARP))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The properties of a GPU that a plan depends on."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    num_sms: int
+    shared_memory_per_block: int
+    """Bytes of shared memory that one block can ask for."""
+
+
+H200 = Device("NVIDIA H200", (9, 0), 132, 227 * 1024)
+RTX_5090 = Device("NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is carried out. No value here changes a bit of the result.
+
+    A stage of the ring holds ``rows_per_stage`` rows of a CTA's slice of the reduction axis. Each consumer warp takes ``rows_per_warp``
+    of them and one of the CTA's ``8 / cluster_size`` segments at a time.
+    """
+
+    cluster_size: int
+    """CTAs that split the reduction axis: 1, 2, 4 or 8."""
+    rows_per_warp: int
+    """Rows that a warp sums at once, sharing each activation it loads: 1, 2 or 4."""
+    rows_per_stage: int
+    """Rows of weights in a stage, 1 to 32."""
+    num_stages: int
+    """Stages of the ring, 1 to 16."""
+    num_consumer_warps: int
+    """Warps that sum, 1 to 16, beside the producer and the epilogue warp."""
+    weight_prefetch: bool = False
+    """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
+    dependent_launch: bool = True
+    """Start while the kernel before is still draining (programmatic dependent launch). Safe always: reads wait for that kernel."""
+
+
+def shared_memory_bytes(plan: Plan, intermediate_dim: int) -> int:
+    """Shared memory of one CTA, as ``native/shared_layout.h`` lays it out."""
+    slice_bytes = _slice_bytes(plan.cluster_size, intermediate_dim)
+    owned_rows_per_slot = -(-plan.rows_per_stage // plan.cluster_size)
+    num_barriers = 2 * plan.num_stages + 2 * _NUM_PARTIAL_SLOTS + 1
+    partials = _align(num_barriers * _BARRIER_BYTES, 16)
+    activation = _align(partials + _NUM_PARTIAL_SLOTS * owned_rows_per_slot * NUM_SEGMENTS * 4, 128)
+    ring = _align(activation + slice_bytes, 128)
+    return ring + plan.num_stages * plan.rows_per_stage * slice_bytes
+
+
+def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
+    """Raise ValueError, naming the member and what it may be, unless the kernel can run ``plan`` on ``device``."""
+    allowed = {
+        "cluster_size": CLUSTER_SIZES,
+        "rows_per_warp": ROWS_PER_WARP,
+        "rows_per_stage": range(1, MAX_ROWS_PER_STAGE + 1),
+        "num_stages": range(1, MAX_STAGES + 1),
+        "num_consumer_warps": range(1, MAX_CONSUMER_WARPS + 1),
+    }
+    for name, values in allowed.items():
+        value = getattr(plan, name)
+        if type(value) is not int or value not in values:
+            expected = f"{values.start} to {values.stop - 1}" if isinstance(values, range) else f"one of {list(values)} (mlpdown.plan.{name.upper()}{'S' if name == 'cluster_size' else ''})"
+            raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
+    needed = shared_memory_bytes(plan, intermediate_dim)
+    if needed > device.shared_memory_per_block:
+        raise ValueError(
+            f"plan needs {needed} bytes of shared memory a block at intermediate_dim {intermediate_dim}, {device.name} has "
+            f"{device.shared_memory_per_block}: fewer stages, fewer rows_per_stage or a larger cluster_size"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
+    """The plan for a shape on a device.
+
+    Stages of about 40 KB in a ring that takes all the shared memory there is: on an H200, smaller stages cost up to 40 %. Clusters of
+    4 keep enough copies in flight with 120 of 132 SMs and let each CTA wait for a quarter of the row only.
+    """
+    cluster_size = 4
+    slice_bytes = _slice_bytes(cluster_size, intermediate_dim)
+    stage_bytes = min(40 * 1024, device.shared_memory_per_block // 4)
+    rows_per_stage = max(1, min(MAX_ROWS_PER_STAGE, stage_bytes // slice_bytes))
+    rows_per_warp = 2 if rows_per_stage >= 8 else 1
+    rows_per_stage -= rows_per_stage % rows_per_warp
+    plan = Plan(cluster_size, rows_per_warp, rows_per_stage, 1, 8, weight_prefetch)
+    num_stages = MAX_STAGES
+    while num_stages > 1 and shared_memory_bytes(dataclasses.replace(plan, num_stages=num_stages), intermediate_dim) > device.shared_memory_per_block:
+        num_stages -= 1
+    plan = dataclasses.replace(plan, num_stages=num_stages)
+    check_plan(plan, intermediate_dim, device)
+    return plan
+
+
+def _slice_bytes(cluster_size: int, intermediate_dim: int) -> int:
+    num_vectors = intermediate_dim // VECTOR_SIZE
+    slice_vectors = -(-num_vectors // NUM_SEGMENTS) * (NUM_SEGMENTS // cluster_size)
+    return min(slice_vectors, num_vectors) * VECTOR_SIZE * BYTES_PER_ELEMENT
+
+
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -1,0 +1,27 @@
+"""Backend ``torch``: plain PyTorch, the baseline and the fallback. It has a derivative, and rounds after every operation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def run(
+    hidden_states: torch.Tensor,
+    attn_output: torch.Tensor | None,
+    mlp_intermediate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """As :func:`mlpdown.run`, with arguments that have been checked."""
+    result = F.linear(mlp_intermediate, weight, bias).reshape(hidden_states.shape)
+    if attn_output is not None:
+        result = result + attn_output
+    result = result + hidden_states
+    return result if out is None else out.copy_(result)
+
+
+def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As :func:`mlpdown.partial_sums`. Converts the weight to float32: exact sums are what it is for, not speed."""
+    return F.linear(mlp_intermediate.float(), weight.float())
