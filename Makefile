@@ -1,0 +1,50 @@
+# make demo    set everything up and run the main job: the op at Pythia-2.8B's size, every backend that can run here, bits compared
+# make test    the tests (TESTFLAGS="-m gpu" or "-m slow" for the others)
+# make lint    ruff and mypy
+# make wheel   one wheel with the compiled library, in dist/
+# make compat  the built library under every torch and Python that can be had here; writes build/compat.md
+#
+# PYTHON=python3.12 chooses the interpreter of .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+TESTFLAGS ?=
+
+# The compiler from PyPI where there is no CUDA toolkit.
+HAVE_NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+comma := ,
+EXTRAS := test,hf,bench$(if $(HAVE_NVCC),,$(comma)nvcc)
+
+.PHONY: demo test lint wheel compat clean
+
+demo: $(VENV)/installed
+	$(BIN)/mlpdown check
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTFLAGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/installed-wheel
+	$(BIN)/python -m mlpdown.build.wheel --output-dir dist
+
+compat: $(VENV)/installed-wheel
+	$(BIN)/python -m mlpdown.build.compatibility --output build/compat.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info native/prebuilt
+
+# A stamp, made anew when what is to be installed has changed.
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/installed-wheel: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[wheel]'
+	touch $@

@@ -1,0 +1,10 @@
+"""The native library: finding it, building it, keeping it.
+
+Reading order: ``library.py`` (the ladder: prebuilt, cached, built), ``toolchain.py`` (which compilers), ``sources.py`` (what is
+compiled, and its hash), ``compile.py`` (ninja), ``report.py`` (registers and spills), ``cache.py`` (where libraries are kept).
+Importing this package imports none of them.
+"""
+
+from .errors import BuildError
+
+__all__ = ["BuildError"]
