@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
 from mlpdown import ops
+from mlpdown.validate import needs_grad
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from mlpdown.plan import Plan
 
 
@@ -18,7 +21,10 @@ class MLPDown(nn.Module):
 
     ``state_dict`` has the keys of the linear, ``weight`` ``[hidden_dim, intermediate_dim]`` and ``bias`` ``[hidden_dim]``.
 
-    Where a gradient is needed, plain differentiable PyTorch computes the same sum (with PyTorch's roundings), whatever the backend.
+    A weight that is a DTensor sharded along ``intermediate_dim`` makes the module row-parallel: ``forward`` then takes this process' slice
+    of ``mlp_intermediate`` (``mlpdown.parallel.run_sharded``).
+
+    Where a gradient is needed, the ``torch`` backend computes the sum, whatever ``backend`` says: the others have no derivative.
 
     Args:
         intermediate_dim, hidden_dim, bias, device, dtype: as in ``nn.Linear(in_features, out_features, bias, device, dtype)``.
@@ -72,21 +78,32 @@ class MLPDown(nn.Module):
 
         Returns a tensor of the shape and dtype of ``hidden_states``. Errors are those of ``mlpdown.run``.
         """
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (hidden_states, attn_output, mlp_intermediate, self.weight, self.bias)
-        ):
-            total = nn.functional.linear(mlp_intermediate, self.weight, self.bias)
-            if attn_output is not None:
-                total = total + attn_output
-            return total + hidden_states
+        # A sharded weight is a DTensor, which is not an nn.Parameter to `type`.
+        if type(self.weight) is not nn.Parameter and _is_sharded(self.weight):
+            if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
+                raise RuntimeError("MLPDown has no derivative for a sharded weight: call under torch.no_grad() or torch.inference_mode()")
+            from mlpdown.parallel import run_sharded
+
+            return run_sharded(
+                hidden_states,
+                attn_output,
+                mlp_intermediate,
+                self.weight,
+                self.bias,
+                backend=self.backend,
+                plan=self.plan,
+                weight_prefetch=self.weight_prefetch,
+            )
+        backend = self.backend
+        if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
+            backend = "torch"
         return fused_mlp_down(
             hidden_states,
             attn_output,
             mlp_intermediate,
             self.weight,
             self.bias,
-            backend=self.backend,
+            backend=backend,
             plan=self.plan,
             weight_prefetch=self.weight_prefetch,
         )
@@ -96,6 +113,12 @@ class MLPDown(nn.Module):
             f"intermediate_dim={self.intermediate_dim}, hidden_dim={self.hidden_dim}, bias={self.bias is not None}, "
             f"backend={self.backend!r}"
         )
+
+
+def _is_sharded(weight: torch.Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def fused_mlp_down(
