@@ -18,7 +18,7 @@ class GatedMLPLayer(PatchedLayer):
     @classmethod
     def stepped_over(cls, layer: Any) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
         mlp = layer._modules["mlp"]
-        return (("mlp.down_proj", mlp._modules.get("down_proj"), nn.Linear), ("mlp", mlp, cls.mlp_class))
+        return (("mlp", mlp, cls.mlp_class), ("mlp.down_proj", mlp._modules.get("down_proj"), nn.Linear))
 
     def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
         if positional or not self.takes(hidden_states):

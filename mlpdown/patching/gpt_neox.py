@@ -22,9 +22,9 @@ class GPTNeoXLayer(PatchedLayer, modeling_gpt_neox.GPTNeoXLayer):
     def stepped_over(layer: Any) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
         mlp = layer._modules["mlp"]
         return (
-            ("mlp.dense_4h_to_h", mlp._modules.get("dense_4h_to_h"), nn.Linear),
             ("mlp", mlp, modeling_gpt_neox.GPTNeoXMLP),
             ("post_mlp_dropout", layer._modules["post_mlp_dropout"], nn.Dropout),
+            ("mlp.dense_4h_to_h", mlp._modules.get("dense_4h_to_h"), nn.Linear),
         )
 
     def forward(self, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:

@@ -32,7 +32,7 @@ class PatchedLayer:
 
     @staticmethod
     def stepped_over(layer: Any) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
-        """The modules whose call the op replaces: name within the layer, module, the class it must have. The linear comes first.
+        """The modules whose call the op replaces: name within the layer, module, the class it must have. The linear comes last.
 
         Asked at every call, so it reads ``_modules``: ``nn.Module.__getattr__`` would take ten times as long.
         """
@@ -57,7 +57,7 @@ class PatchedLayer:
         for _, module, _ in stepped_over:
             if module.training:
                 return False
-        weight: Any = stepped_over[0][1]._parameters["weight"]
+        weight: Any = stepped_over[-1][1]._parameters["weight"]
         return (
             weight.dtype == hidden_states.dtype and weight.device == hidden_states.device and weight.shape[0] == hidden_states.shape[-1]
         )
@@ -88,7 +88,7 @@ def obstacle(stepped_over: tuple[tuple[str, nn.Module, type[nn.Module]], ...]) -
             return f"{name} has a forward of its own (offloaded or dispatched)"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has forward hooks (tensor-parallel, or somebody listens)"
-    name, linear, _ = stepped_over[0]
+    name, linear, _ = stepped_over[-1]
     weight: Any = linear._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
         return f"{name}.weight is a {_full_name(type(weight))}, not a parameter"

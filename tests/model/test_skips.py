@@ -1,0 +1,143 @@
+"""Layers that a patch must not touch, and the reason that it gives."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from typing import Any
+
+import mlpdown
+import pytest
+import torch
+from torch import nn
+
+from .conftest import NUM_LAYERS, layers_of, make_model, step
+
+
+class QuantisedLinear(nn.Linear):
+    """Stands for any linear of another class: of bitsandbytes, GPTQ, PEFT, FP8."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.clamp(-1, 1))
+
+
+def quantise(layer: Any) -> None:
+    linear = layer.mlp.dense_4h_to_h
+    quantised = QuantisedLinear(linear.in_features, linear.out_features, dtype=linear.weight.dtype).eval()
+    quantised.load_state_dict(linear.state_dict())
+    layer.mlp.dense_4h_to_h = quantised
+
+
+class Adapted(nn.Module):
+    """What PEFT puts around a linear."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(hidden_states) * 1.5
+
+
+def adapt(layer: Any) -> None:
+    layer.mlp.dense_4h_to_h = Adapted(layer.mlp.dense_4h_to_h).eval()
+
+
+def adapt_whole_mlp(layer: Any) -> None:
+    layer.mlp = Adapted(layer.mlp).eval()
+
+
+def offload(module: nn.Module) -> None:
+    """What accelerate does to a module that it dispatches: the class' forward moves aside, a wrapper takes its place."""
+    module._old_forward = module.forward  # type: ignore[assignment]
+
+    def new_forward(module: Any, *positional: Any, **keywords: Any) -> Any:
+        return module._old_forward(*positional, **keywords)
+
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), module._old_forward)  # type: ignore[assignment,arg-type]
+
+
+def parametrise(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer.mlp.dense_4h_to_h)
+
+
+def subclass(layer: Any) -> None:
+    layer.__class__ = type("FullyShardedLayer", (type(layer),), {})
+
+
+CASES: dict[str, tuple[Any, str]] = {
+    "quantised": (quantise, r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or"),
+    "adapted": (adapt, r"mlp.dense_4h_to_h is a .*\.Adapted, not a "),
+    "adapted MLP": (adapt_whole_mlp, r"mlp is a .*\.Adapted, not a "),
+    "parametrised": (parametrise, r"mlp.dense_4h_to_h is a .*ParametrizedLinear, not a "),
+    "offloaded layer": (offload, r"it has a forward of its own \(offloaded, dispatched or wrapped\)"),
+    "offloaded linear": (lambda layer: offload(layer.mlp.dense_4h_to_h), r"mlp.dense_4h_to_h has a forward of its own"),
+    "hooked MLP": (lambda layer: layer.mlp.register_forward_hook(lambda *_: None), r"mlp has forward hooks"),
+    "hooked linear": (lambda layer: layer.mlp.dense_4h_to_h.register_forward_pre_hook(lambda *_: None), r"dense_4h_to_h has forward hooks"),
+    "hooked dropout": (lambda layer: layer.post_mlp_dropout.register_forward_hook(lambda *_: None), r"post_mlp_dropout has forward hooks"),
+    "subclass": (subclass, r"it is a .*FullyShardedLayer, a subclass of GPTNeoXLayer"),
+    "other dtype": (lambda layer: layer.float(), r"mlp.dense_4h_to_h.weight is torch.float32; the op takes torch.float16 and torch.bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_is_left_alone_and_the_reason_given(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    spoil, reason = CASES[case]
+    model = make_model("gpt_neox_parallel")
+    first, second = layers_of(model)
+    spoil(first)
+    class_before, attributes_before = type(first), dict(first.__dict__)
+    with caplog.at_level(logging.WARNING, logger="mlpdown"):
+        report = mlpdown.patch(model).report
+    assert report.num_layers == NUM_LAYERS and report.num_patched == NUM_LAYERS - 1
+    assert list(report.skipped) == ["gpt_neox.layers.0"]
+    assert re.search(reason, report.skipped["gpt_neox.layers.0"]), report.skipped
+    assert str(report).startswith("1 of 2 layers patched\n  gpt_neox.layers.0 skipped: ")
+    assert str(report) in caplog.text
+    assert type(first) is class_before and first.__dict__ == attributes_before
+    assert type(second) is not class_before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_model_of_another_dtype_is_left_alone(dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype)
+    expected = step(model)
+    report = mlpdown.patch(model).report
+    assert report.num_patched == 0 and len(report.skipped) == NUM_LAYERS
+    assert torch.equal(step(model), expected)
+
+
+def test_intermediate_dim_that_the_op_does_not_take() -> None:
+    report = mlpdown.patch(make_model("qwen2", intermediate_size=100)).report
+    assert report.num_patched == 0
+    assert set(report.skipped.values()) == {"mlp.down_proj.weight has an intermediate_dim of 100; the op takes multiples of 8"}
+
+
+def test_tensor_parallel_weight() -> None:
+    from torch import distributed
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model("mistral")
+        linear = layers_of(model)[1].mlp.down_proj
+        sharded = DTensor.from_local(linear.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(1)])
+        linear.weight = nn.Parameter(sharded)
+        report = mlpdown.patch(model).report
+    finally:
+        distributed.destroy_process_group()
+    assert report.skipped.keys() == {"model.layers.1"}
+    assert re.search(r"mlp.down_proj.weight is a .*DTensor, not a plain tensor", report.skipped["model.layers.1"])
+
+
+def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
+    model = make_model("gpt_neox_parallel")
+    expected = step(model)
+    mlpdown.patch(model, backend="torch")
+    offload(layers_of(model)[0])
+    assert torch.equal(step(model), expected)
+    assert calls.take() == NUM_LAYERS, "the wrapper calls the forward that it found, which is the patched one"
+    assert mlpdown.unpatch(model) == NUM_LAYERS
+    assert torch.equal(step(model), expected)
+    assert calls.take() == 0
