@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 good, 1 a promise or a build is broken, 2 wrong usage)."""
     arguments_given = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments_given if not word.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="mlpdown", description="The MLP down projection of a decode step, with bias and residuals, as one kernel.")
+    parser = argparse.ArgumentParser(
+        prog="mlpdown", description="The MLP down projection of a decode step, with bias and residuals, as one kernel."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -73,10 +73,13 @@ def refusal_of_device(device_index: int) -> Exception | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def plan_arguments(hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool) -> PlanArguments:
     """The plan as the op takes it: the caller's, or the one chosen for the shape and device. Raises ValueError if it cannot run there."""
     return _plan_arguments(hidden_dim, intermediate_dim, device_index, plan, weight_prefetch)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second.
+plan_arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)

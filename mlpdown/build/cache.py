@@ -99,21 +99,29 @@ def check_trust(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
-            raise BuildError(f"the cache folder {folder} cannot be looked into ({place}: {error.strerror}); {CHOOSE_ANOTHER}") from error
+            raise BuildError(
+                f"the cache folder {folder} cannot be looked into ({place}: {error.strerror}); {CHOOSE_ANOTHER}"
+            ) from error
         writable_by_all = bool(status.st_mode & stat.S_IWOTH)
         if place != folder:
             if writable_by_all and not status.st_mode & stat.S_ISVTX:
-                raise BuildError(f"the cache folder {folder} is not trusted: anybody can write to {place}; {CHOOSE_ANOTHER}")
+                raise BuildError(
+                    f"the cache folder {folder} is not trusted: anybody can write to {place}; {CHOOSE_ANOTHER}"
+                )
             continue
         if stat.S_ISLNK(status.st_mode):
             status = place.stat()
         if not stat.S_ISDIR(status.st_mode):
             raise BuildError(f"the cache folder {folder} is not a folder; remove it, or {CHOOSE_ANOTHER}")
         if status.st_uid not in (os.getuid(), 0):
-            raise BuildError(f"the cache folder {folder} is not trusted: it belongs to user id {status.st_uid}, you are {os.getuid()}; {CHOOSE_ANOTHER}")
+            raise BuildError(
+                f"the cache folder {folder} is not trusted: it belongs to user id {status.st_uid}, you are {os.getuid()}; {CHOOSE_ANOTHER}"
+            )
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(status.st_mode)
-            raise BuildError(f"the cache folder {folder} is not trusted: others can write to it (mode {mode:o}); chmod go-w it, or {CHOOSE_ANOTHER}")
+            raise BuildError(
+                f"the cache folder {folder} is not trusted: others can write to it (mode {mode:o}); chmod go-w it, or {CHOOSE_ANOTHER}"
+            )
 
 
 def create(folder: Path) -> None:
@@ -235,11 +243,15 @@ def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None]) -> Non
         except BlockingIOError:
             pass
         except OSError as error:
-            raise BuildError(f"{path} cannot be locked ({error.strerror}): the file system has no locks; {CHOOSE_ANOTHER}") from error
+            raise BuildError(
+                f"{path} cannot be locked ({error.strerror}): the file system has no locks; {CHOOSE_ANOTHER}"
+            ) from error
         if not told:
             told = True
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             waiting(f"another process{f' ({holder})' if holder else ''} is building the library; waiting for it")
         if time.monotonic() > deadline:
-            raise BuildError(f"another process has held {path} for over {LOCK_LIMIT_SECONDS:.0f} s; end it, or {CHOOSE_ANOTHER}")
+            raise BuildError(
+                f"another process has held {path} for over {LOCK_LIMIT_SECONDS:.0f} s; end it, or {CHOOSE_ANOTHER}"
+            )
         time.sleep(_LOCK_POLL_SECONDS)

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to build for: {', '.join(targets.ALL_TARGETS)} or all; may be given again (default: the GPUs of this machine; without one, all)",
     )
     parser.add_argument("--force", action="store_true", help="build even if the cache has this library")
-    parser.add_argument("--report", action="store_true", help="print registers, spills and shared memory of every kernel")
+    parser.add_argument(
+        "--report", action="store_true", help="print registers, spills and shared memory of every kernel"
+    )
     parser.add_argument("--json", action="store_true", help="print the library's path and manifest as JSON")
 
 
@@ -33,7 +35,12 @@ def main(arguments: argparse.Namespace) -> int:
         requested = targets.targets_for_devices(targets.present_capabilities())
     info = library.build(requested, force=arguments.force, for_this_machine=arguments.arch is None)
     if arguments.json:
-        print(json.dumps({"path": str(info.path), "origin": info.origin, "manifest": json.loads(info.manifest.to_json())}, indent=1))
+        print(
+            json.dumps(
+                {"path": str(info.path), "origin": info.origin, "manifest": json.loads(info.manifest.to_json())},
+                indent=1,
+            )
+        )
         return 0
     print(f"{info.path} ({info.origin}; {', '.join(info.manifest.targets)}; {info.path.stat().st_size / 1e6:.2f} MB)")
     if arguments.report:
@@ -46,7 +53,9 @@ def resource_table(manifest: Manifest) -> Table:
     machine_targets = [target for target in manifest.targets if target.startswith("sm_")]
     rows: dict[str, dict[str, str]] = {}
     for kernel in manifest.kernels:
-        in_local_memory = kernel["spill_store_bytes"] + kernel["spill_load_bytes"] + kernel["stack_bytes"] + kernel["local_bytes"]
+        in_local_memory = (
+            kernel["spill_store_bytes"] + kernel["spill_load_bytes"] + kernel["stack_bytes"] + kernel["local_bytes"]
+        )
         cell = f"{kernel['registers']} / {in_local_memory} / {kernel['static_shared_bytes']}"
         rows.setdefault(kernel["kernel"], {})[kernel["target"]] = cell
     table = Table(title="registers a thread / bytes of spills, stack and local memory / bytes of static shared memory")

@@ -1,6 +1,7 @@
 """One build, in one folder: writes build.ninja, runs ninja, follows its progress, finds the first error.
 
-Sources are copied into the folder and everything is named relative to it, so that the library holds no path of this machine.
+Sources are copied into the folder, torch is linked there, and both are named relative to it: so the library holds no path of this
+machine, and no compiler sees the blanks, commas and letters that a user's folders may have.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .toolchain import Toolchain
 
 # The oldest torch whose stable ABI the op uses: 2.10.
 TORCH_TARGET = "0x020a000000000000"
+TORCH_LINK = "torch"  # in the build folder, a link to the torch that is installed
 CUDA_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -42,16 +44,18 @@ HOST_FLAGS = (
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     "-DUSE_CUDA",
     "-I.",
+    "-isystem",
+    f"{TORCH_LINK}/include",
 )
 # The CUDA runtime is linked in, so that one library serves every minor release of CUDA; its symbols stay inside. Torch's are left to
 # the torch that is loaded.
 LINK_FLAGS = (
     "-shared",
     "-cudart=static",
+    f"-L{TORCH_LINK}/lib",
     f"-Xlinker=-s,-soname={LIBRARY_NAME},--exclude-libs=ALL,--build-id=none,-z,defs,--as-needed",
     "-ltorch_cpu",
 )
-
 
 
 class CompileError(BuildError):
@@ -67,7 +71,9 @@ Progress = Callable[[int, int, str], None]
 """Called with steps finished, steps in all, and what was just done."""
 
 _STATUS = "@step "
-_ERROR = re.compile(r"(?:fatal )?error\s*(?::|#|\d)|\berror:|undefined reference|cannot find -l|ninja: (?:error|fatal)|No space left on device|: not found$")
+_ERROR = re.compile(
+    r"(?:fatal )?error\s*(?::|#|\d)|\berror:|undefined reference|cannot find -l|ninja: (?:error|fatal)|No space left on device|: not found$"
+)
 
 
 def flags_identity() -> str:
@@ -75,7 +81,9 @@ def flags_identity() -> str:
     return " ".join((*CUDA_FLAGS, *HOST_FLAGS, *LINK_FLAGS))
 
 
-def compile_library(sources: Sources, toolchain: Toolchain, targets: Sequence[str], folder: Path, progress: Progress) -> tuple[Path, str]:
+def compile_library(
+    sources: Sources, toolchain: Toolchain, targets: Sequence[str], folder: Path, progress: Progress
+) -> tuple[Path, str]:
     """Build in ``folder``; returns the library and the compilers' output.
 
     Raises:
@@ -83,10 +91,13 @@ def compile_library(sources: Sources, toolchain: Toolchain, targets: Sequence[st
         BuildError: ninja or torch's headers are missing.
     """
     sources.write(folder)
+    (folder / TORCH_LINK).symlink_to(_torch_folder(), target_is_directory=True)
     (folder / "build.ninja").write_text(_ninja_file(toolchain, targets))
     log, status = _run_ninja(folder, progress)
     if status != 0:
-        raise CompileError(f"the native library does not compile ({toolchain.nvcc}, {toolchain.nvcc_build}): {first_error(log)}", log)
+        raise CompileError(
+            f"the native library does not compile ({toolchain.nvcc}, {toolchain.nvcc_build}): {first_error(log)}", log
+        )
     return folder / LIBRARY_NAME, log
 
 
@@ -103,15 +114,10 @@ def first_error(log: str) -> str:
 
 
 def _ninja_file(toolchain: Toolchain, targets: Sequence[str]) -> str:
-    torch_folder = _torch_folder()
-    torch_include = torch_folder / "include"
-    if not (torch_include / "torch" / "csrc" / "stable" / "library.h").is_file():
-        raise BuildError(f"torch's C++ headers are not in {torch_include}; reinstall torch (2.10 or newer)")
     host_compiler = str(toolchain.host_compiler)
     cuda = [str(toolchain.nvcc), f"-ccbin={host_compiler}", *CUDA_FLAGS, *target_names.nvcc_flags(targets)]
-    # Torch's headers put their own path into messages: give it a name that is the same everywhere.
-    host = [host_compiler, *HOST_FLAGS, f"-ffile-prefix-map={torch_include}=torch", "-isystem", str(torch_include)]
-    link_folders = [f"-L{folder}" for folder in (torch_folder / "lib", *toolchain.library_folders)]
+    host = [host_compiler, *HOST_FLAGS]
+    link_folders = [f"-L{folder}" for folder in toolchain.library_folders]
     link = [str(toolchain.nvcc), f"-ccbin={host_compiler}", *link_folders, *LINK_FLAGS]
     return "\n".join(
         [
@@ -131,11 +137,17 @@ def _ninja_file(toolchain: Toolchain, targets: Sequence[str]) -> str:
 
 def _run_ninja(folder: Path, progress: Progress) -> tuple[str, int]:
     command = [str(_ninja()), "-C", str(folder), "-f", "build.ninja"]
-    # The C locale, so that errors can be recognised; a folder of our own for what nvcc leaves when it is killed.
-    environment = {**os.environ, "NINJA_STATUS": f"{_STATUS}%f %t ", "LC_ALL": "C", "TMPDIR": str(folder)}
+    # The C locale, so that errors can be recognised; the build folder for what nvcc leaves when it is killed.
+    environment = {**os.environ, "NINJA_STATUS": f"{_STATUS}%f %t ", "LC_ALL": "C", "TMPDIR": "."}
     log = []
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+        errors="replace",
     )
     try:
         assert process.stdout is not None
@@ -174,7 +186,10 @@ def _ninja() -> Path:
 def _torch_folder() -> Path:
     import torch
 
-    return Path(torch.__path__[0])
+    folder = Path(torch.__path__[0])
+    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        raise BuildError(f"torch's C++ headers are not in {folder / 'include'}; reinstall torch (2.10 or newer)")
+    return folder
 
 
 def _command(words: Sequence[str]) -> str:

@@ -14,14 +14,20 @@ class Display:
     def __init__(self) -> None:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._progress = Progress(
-            TextColumn("mlpdown: {task.description}"), BarColumn(), TimeElapsedColumn(), console=self._console, transient=True
+            TextColumn("mlpdown: {task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
         )
         self._task: TaskID | None = None
 
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._task is not None:
             self._progress.stop()
 

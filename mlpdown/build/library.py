@@ -79,7 +79,9 @@ def find_or_build() -> LibraryInfo:
     except BuildError as error:
         if not refusals:
             raise
-        raise BuildError("\n".join([str(error), "Libraries that were passed over:", *(f"  {refusal}" for refusal in refusals)])) from error
+        raise BuildError(
+            "\n".join([str(error), "Libraries that were passed over:", *(f"  {refusal}" for refusal in refusals)])
+        ) from error
 
 
 def find() -> tuple[LibraryInfo | None, list[str]]:
@@ -99,7 +101,9 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
         if manifest.source_hash != sources.source_hash or manifest.flags != compile.flags_identity():
             continue  # of another version: nothing to say
         if compiler is not None and manifest.compiler != compiler:
-            refusals.append(f"the cached library in {entry.folder} is not used: made by {manifest.compiler}, here is {compiler}")
+            refusals.append(
+                f"the cached library in {entry.folder} is not used: made by {manifest.compiler}, here is {compiler}"
+            )
             continue
         refusal = _refusal(entry, sources, capabilities)
         if refusal is None:
@@ -109,7 +113,11 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
 
 
 def build(
-    requested_targets: Sequence[str], *, force: bool = False, for_this_machine: bool = True, sources: Sources | None = None
+    requested_targets: Sequence[str],
+    *,
+    force: bool = False,
+    for_this_machine: bool = True,
+    sources: Sources | None = None,
 ) -> LibraryInfo:
     """Build for these targets into the cache, and show progress; an entry that is there already is taken, unless ``force``.
 
@@ -131,7 +139,9 @@ def build(
         existing = next((entry for entry in cache.entries(folder) if entry.folder.name == key), None)
         if existing is not None and not force and _refusal(existing, sources, []) is None:
             return LibraryInfo(existing.library, "cached", existing.manifest)
-        display.say(f"building the native library for {', '.join(built_targets)} with {tools.nvcc} ({tools.nvcc_build}, from {tools.origin})")
+        display.say(
+            f"building the native library for {', '.join(built_targets)} with {tools.nvcc} ({tools.nvcc_build}, from {tools.origin})"
+        )
         started = time.monotonic()
         with cache.building_folder(folder, key) as building:
             try:
@@ -181,7 +191,9 @@ def _prebuilt(sources: Sources) -> Entry | None:
     try:
         return Entry(folder, Manifest.from_json((folder / cache.MANIFEST_NAME).read_text()))
     except (OSError, ValueError) as error:
-        raise BuildError(f"the prebuilt library in {folder} has no readable manifest ({error}); reinstall mlpdown") from error
+        raise BuildError(
+            f"the prebuilt library in {folder} has no readable manifest ({error}); reinstall mlpdown"
+        ) from error
 
 
 def _refusal(entry: Entry, sources: Sources, capabilities: Sequence[targets.ComputeCapability]) -> str | None:
@@ -195,7 +207,9 @@ def _refusal(entry: Entry, sources: Sources, capabilities: Sequence[targets.Comp
     unserved = [capability for capability in capabilities if capability >= targets.MINIMUM_COMPUTE_CAPABILITY]
     unserved = [capability for capability in unserved if not targets.serves(manifest.targets, capability)]
     if unserved:
-        return f"it holds {', '.join(manifest.targets)}, the GPU has compute capability {unserved[0][0]}.{unserved[0][1]}"
+        return (
+            f"it holds {', '.join(manifest.targets)}, the GPU has compute capability {unserved[0][0]}.{unserved[0][1]}"
+        )
     driver_refusal = driver.refusal(manifest.cuda_version) if capabilities else None
     if driver_refusal is not None:
         return driver_refusal

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from .errors import BuildError
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\w+)' for '(?P<target>sm_\w+)'")
-_STACK = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
+_STACK = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+)
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(?P<shared>\d+) bytes smem")
 _LOCAL = re.compile(r"(?P<local>\d+) bytes lmem")
 # mlp_down<Float16, 4u, 2u>, as the Itanium C++ ABI spells it.
-_KERNEL = re.compile(r"_Z\d+(?P<name>mlp_down)I\d+(?P<dtype>[A-Za-z0-9]+?)Lj(?P<cluster_size>\d+)ELj(?P<rows_per_warp>\d+)EE")
+_KERNEL = re.compile(
+    r"_Z\d+(?P<name>mlp_down)I\d+(?P<dtype>[A-Za-z0-9]+?)Lj(?P<cluster_size>\d+)ELj(?P<rows_per_warp>\d+)EE"
+)
 
 
 @dataclasses.dataclass
@@ -62,7 +66,9 @@ def check(kernels: Sequence[KernelResources], targets: Sequence[str], num_kernel
         if target.startswith("sm_"):
             compiled = sum(kernel.target == target for kernel in kernels)
             if compiled != num_kernels:
-                raise BuildError(f"the compiler reported {compiled} kernels for {target}, {num_kernels} were to be compiled")
+                raise BuildError(
+                    f"the compiler reported {compiled} kernels for {target}, {num_kernels} were to be compiled"
+                )
     spilled = [kernel for kernel in kernels if kernel.spills]
     if spilled:
         lines = [

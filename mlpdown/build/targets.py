@@ -87,7 +87,9 @@ def require_any(targets: Sequence[str], compiler_version: tuple[int, int], reque
     """Raise BuildError if nothing is left to compile for."""
     if not targets:
         version = ".".join(map(str, compiler_version))
-        raise BuildError(f"nvcc {version} knows none of the targets {', '.join(requested)}; sm_103 needs CUDA 12.9 or newer")
+        raise BuildError(
+            f"nvcc {version} knows none of the targets {', '.join(requested)}; sm_103 needs CUDA 12.9 or newer"
+        )
 
 
 def _best_machine_target(targets: Sequence[str], capability: ComputeCapability) -> str | None:
@@ -95,6 +97,8 @@ def _best_machine_target(targets: Sequence[str], capability: ComputeCapability) 
     fitting = [
         target
         for target in targets
-        if target.startswith("sm_") and capability_of(target)[0] == capability[0] and capability_of(target) <= capability
+        if target.startswith("sm_")
+        and capability_of(target)[0] == capability[0]
+        and capability_of(target) <= capability
     ]
     return max(fitting, key=capability_of, default=None)

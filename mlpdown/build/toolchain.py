@@ -89,7 +89,11 @@ def find_toolchain(*, for_this_machine: bool = True) -> Toolchain:
             f"no CUDA compiler: no nvcc in CUDA_HOME, on PATH, in /usr/local/cuda or in the wheels of this environment. "
             f"Install one ({INSTALL_NVCC}) or name it in MLPDOWN_NVCC (nvcc {minimum} or newer)"
         )
-    raise BuildError("\n".join([f"no usable CUDA compiler (nvcc {minimum} or newer is needed; {INSTALL_NVCC} brings one). Tried:", *tried]))
+    raise BuildError(
+        "\n".join(
+            [f"no usable CUDA compiler (nvcc {minimum} or newer is needed; {INSTALL_NVCC} brings one). Tried:", *tried]
+        )
+    )
 
 
 def find_host_compiler() -> tuple[Path, str]:
@@ -131,7 +135,9 @@ def _places() -> Iterator[tuple[str, Path]]:
 def _wheel_compilers() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    return [path for folder in folders for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True) if path.is_file()]
+    return [
+        path for folder in folders for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True) if path.is_file()
+    ]
 
 
 def _examine(origin: str, path: Path, for_this_machine: bool) -> Candidate:
@@ -149,14 +155,27 @@ def _examine(origin: str, path: Path, for_this_machine: bool) -> Candidate:
         return Candidate(origin, path, version, build, f"it is too old: {build}")
     driver_refusal = driver.refusal(version) if for_this_machine else None
     if driver_refusal is not None:
-        return Candidate(origin, path, version, build, f"its libraries would not run here: {driver_refusal}".replace("it was made by", "one made by", 1))
+        return Candidate(
+            origin,
+            path,
+            version,
+            build,
+            f"its libraries would not run here: {driver_refusal}".replace("it was made by", "one made by", 1),
+        )
     return Candidate(origin, path, version, build, None)
 
 
 def _ask_version(program: Path) -> tuple[str, str | None]:
     """What ``program --version`` prints, and why it could not be asked (None if it could)."""
     try:
-        process = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_SECONDS, check=False)
+        process = subprocess.run(
+            [program, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_VERSION_SECONDS,
+            check=False,
+        )
     except OSError as error:
         return "", f"it cannot be run ({error.strerror})"
     except subprocess.TimeoutExpired:
