@@ -193,7 +193,10 @@ def _refusal(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None)
     return refusal if refusal is not None else _refusal_of_device(weight.get_device())
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _refusal_of_device(device_index: int) -> Exception | None:
     return native_refusal_here(device_index)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second.
+_refusal_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
