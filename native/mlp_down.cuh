@@ -100,29 +100,13 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   }
   ptx::syncwarp();
   // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster.
-  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_arrive_relaxed();
 
   // ---- Producer ----
   if (warp_idx == kProducerWarp) {
     const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight);
-    const auto wait_and_load_activation = [&] {
-      ptx::griddepcontrol_wait();
-      if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
-        if (slice_bytes > 0) {
-          const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
-          ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
-        }
-      }
-    };
-    // Only a weight that nobody is writing may be read before the wait: then as many tiles as the ring holds.
-    const uint32_t num_prefetchable = num_tiles < plan.num_stages ? num_tiles : plan.num_stages;
-    const uint32_t num_tiles_before_wait = plan.weight_prefetch ? num_prefetchable : 0;
-
     RingPosition stage;
-    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-      if (tile == num_tiles_before_wait) wait_and_load_activation();
-      if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+    const auto load_tile = [&](uint32_t tile) {
       const uint32_t num_rows = rows_in_tile(tile);
       const uint64_t tile_first_row = first_row + tile * plan.rows_per_stage;
       // Expects num_rows * slice_bytes. Copies of other lanes may land before this arrival: the phase waits for the arrival.
@@ -138,11 +122,28 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
         ptx::cp_async_bulk(smem_weight(stage.idx, lane), source, slice_bytes, full_barriers(stage.idx));
       }
       stage.advance(plan.num_stages);
+    };
+
+    // The first tiles find the ring empty. Only a weight that nobody is writing may be read before the wait for earlier kernels.
+    const uint32_t num_first_tiles = num_tiles < plan.num_stages ? num_tiles : plan.num_stages;
+    const uint32_t num_prefetched_tiles = plan.weight_prefetch ? num_first_tiles : 0;
+    for (uint32_t tile = 0; tile < num_prefetched_tiles; ++tile) load_tile(tile);
+    ptx::griddepcontrol_wait();
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
+      const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
+      if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
     }
-    if (num_tiles_before_wait == num_tiles) wait_and_load_activation();
-    ptx::griddepcontrol_launch_dependents();
+    for (uint32_t tile = num_prefetched_tiles; tile < num_first_tiles; ++tile) load_tile(tile);
+
+    // Before the first wait for a consumer: in a cluster of one, consumers start only when the producer has come here.
     ptx::syncwarp();
     ptx::barrier_cluster_wait();
+    for (uint32_t tile = num_first_tiles; tile < num_tiles; ++tile) {
+      ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+      load_tile(tile);
+    }
+    ptx::griddepcontrol_launch_dependents();
     return;
   }
 

@@ -11,11 +11,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <optional>
-
-// A CPU-only torch has no such symbol: weak, so that the library loads there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
@@ -82,12 +81,23 @@ MlpDownPlan make_plan(int64_t cluster_size, int64_t rows_per_warp, int64_t rows_
   return plan;
 }
 
+// torch's own function, out of its CUDA library. Looked up, not linked: a CPU-only torch has no such library, and this one loads there too.
+using GetCurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
+
+GetCurrentStream find_get_current_stream() {
+  void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  STD_TORCH_CHECK(torch_cuda != nullptr, "this torch was built without CUDA");
+  const auto function = reinterpret_cast<GetCurrentStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(function != nullptr, "this torch is too old: it does not say which CUDA stream is current");
+  return function;
+}
+
 // On the current stream of the tensors' device, whatever the caller's current device is.
 void launch(const MlpDownProblem& problem, const MlpDownPlan& plan, int32_t device_index) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  static const GetCurrentStream get_current_stream = find_get_current_stream();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0, "torch has no current stream for device ", device_index);
+  STD_TORCH_CHECK(get_current_stream(device_index, &stream) == 0, "torch has no current stream for device ", device_index);
   char error[kErrorSize] = "";
   STD_TORCH_CHECK(mlpdown_launch(&problem, &plan, stream, error, kErrorSize) == 0, error);
 }

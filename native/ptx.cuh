@@ -169,8 +169,11 @@ MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAdd
 
 // ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
 
-// Every thread of the cluster arrives once and waits once. What was written before the arrival is visible after the wait.
-MLPDOWN_DEVICE void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Every thread of the cluster arrives once and waits once, whole warps at a time. Relaxed: of what was done before the arrival, only the
+// mbarriers that fence_mbarrier_init published are sure to be seen after the wait (a release costs a fence to global memory here).
+// In a cluster of one CTA the compiler makes the wait a bar.sync of the CTA and the arrival nothing: no thread gets past its wait before
+// every thread has come to its own.
+MLPDOWN_DEVICE void barrier_cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 MLPDOWN_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // ---- Programmatic dependent launch -------------------------------------------------------------------------------------------------
