@@ -31,6 +31,9 @@ class MLPDown(nn.Module):
         backend, plan, weight_prefetch: as in ``mlpdown.run``.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         intermediate_dim: int,
@@ -58,7 +61,9 @@ class MLPDown(nn.Module):
             TypeError: ``linear`` is not exactly an ``nn.Linear``: a subclass (quantised, adapted) computes something else.
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+            raise TypeError(
+                f"linear must be a torch.nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}"
+            )
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._take_over(linear)
@@ -81,7 +86,9 @@ class MLPDown(nn.Module):
         # A sharded weight is a DTensor, which is not an nn.Parameter to `type`.
         if type(self.weight) is not nn.Parameter and _is_sharded(self.weight):
             if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
-                raise RuntimeError("MLPDown has no derivative for a sharded weight: call under torch.no_grad() or torch.inference_mode()")
+                raise RuntimeError(
+                    "MLPDown has no derivative for a sharded weight: call under torch.no_grad() or torch.inference_mode()"
+                )
             from mlpdown.parallel import run_sharded
 
             return run_sharded(

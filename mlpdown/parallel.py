@@ -56,7 +56,9 @@ def run_row_parallel(
         not in ``group``. RuntimeError: as ``mlpdown.partial_sums``.
     """
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}")
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}"
+        )
     hidden_dim = weight_shard.shape[0]
     for name, tensor, shape in (
         ("hidden_states", hidden_states, (*mlp_intermediate_shard.shape[:-1], hidden_dim)),
@@ -71,7 +73,9 @@ def run_row_parallel(
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     from mlpdown.ops import partial_sums  # not at the top: `mlpdown.run(..., group=)` comes here
 
-    total = partial_sums(mlp_intermediate_shard, weight_shard, backend=backend, plan=plan, weight_prefetch=weight_prefetch)
+    total = partial_sums(
+        mlp_intermediate_shard, weight_shard, backend=backend, plan=plan, weight_prefetch=weight_prefetch
+    )
     dist.all_reduce(total, group=group)
     if bias is not None:
         total = total + bias
@@ -93,7 +97,7 @@ def run_sharded(
     plan: Plan | None = None,
     weight_prefetch: bool = False,
 ) -> torch.Tensor:
-    """``run_row_parallel`` for a weight that is a DTensor sharded along the reduction axis (as ``RowwiseParallel`` does) over one mesh axis.
+    """``run_row_parallel`` for a DTensor weight, sharded along the reduction axis as ``RowwiseParallel`` does it.
 
     Args:
         mlp_intermediate: this process' slice as a plain tensor (what a column-parallel layer leaves), or a DTensor sharded alike.
@@ -107,10 +111,14 @@ def run_sharded(
         ValueError: a tensor is placed in another way. Other errors are those of :func:`run_row_parallel`.
     """
     if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(1),):
-        raise ValueError(f"weight must be sharded along intermediate_dim over one mesh axis, (Shard(1),), got {tuple(weight.placements)}")
+        raise ValueError(
+            f"weight must be sharded along intermediate_dim over one mesh axis, (Shard(1),), got {tuple(weight.placements)}"
+        )
     if isinstance(mlp_intermediate, DTensor):
         if tuple(mlp_intermediate.placements) not in ((Shard(mlp_intermediate.dim() - 1),), (Shard(-1),)):
-            raise ValueError(f"mlp_intermediate must be sharded along its last dimension as weight is, got {mlp_intermediate.placements}")
+            raise ValueError(
+                f"mlp_intermediate must be sharded along its last dimension as weight is, got {mlp_intermediate.placements}"
+            )
         mlp_intermediate = mlp_intermediate.to_local()
     return run_row_parallel(
         _whole("hidden_states", hidden_states),

@@ -27,7 +27,7 @@ class GPTNeoXLayer(PatchedLayer, modeling_gpt_neox.GPTNeoXLayer):
             ("mlp.dense_4h_to_h", mlp._modules.get("dense_4h_to_h"), nn.Linear),
         )
 
-    def forward(self, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:  # type: ignore[override]
         if positional or not self.takes(hidden_states):
             return super().forward(hidden_states, *positional, **keywords)
         keywords.setdefault("attention_mask", None)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import mlpdown
 from torch import nn
+
+import mlpdown
 
 from .families import FAMILIES, own_class, patched_class
 from .layer import PatchedLayer, Settings, obstacle
@@ -68,7 +69,10 @@ class Patch:
         return self
 
     def __exit__(
-        self, exception_type: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.unpatch()
 
@@ -126,7 +130,7 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
         num_layers += 1
         if isinstance(layer, PatchedLayer):
             if layer._mlpdown != settings:
-                changes.append((layer, layer._mlpdown))
+                changes.append((layer, layer._mlpdown))  # type: ignore[arg-type]
                 layer._mlpdown = settings
             continue
         patched = patched_class(own)
@@ -135,11 +139,13 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
             skipped[name] = reason
             continue
         _swap_class(layer, patched)
-        layer._mlpdown = settings  # type: ignore[assignment]
+        layer._mlpdown = settings
         changes.append((layer, None))
     if not num_layers:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in FAMILIES))
-        raise ValueError(f"model must contain layers of a known family ({known}), got {type(model).__name__} without any")
+        raise ValueError(
+            f"model must contain layers of a known family ({known}), got {type(model).__name__} without any"
+        )
     report = PatchReport(num_layers, num_layers - len(skipped), skipped)
     if skipped:
         logger.warning("%s", report)

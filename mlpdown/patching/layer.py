@@ -59,11 +59,17 @@ class PatchedLayer:
                 return False
         weight: Any = stepped_over[-1][1]._parameters["weight"]
         return (
-            weight.dtype == hidden_states.dtype and weight.device == hidden_states.device and weight.shape[0] == hidden_states.shape[-1]
+            weight.dtype == hidden_states.dtype
+            and weight.device == hidden_states.device
+            and weight.shape[0] == hidden_states.shape[-1]
         )
 
     def fused(
-        self, hidden_states: torch.Tensor, attn_output: torch.Tensor | None, mlp_intermediate: torch.Tensor, linear: nn.Linear
+        self,
+        hidden_states: torch.Tensor,
+        attn_output: torch.Tensor | None,
+        mlp_intermediate: torch.Tensor,
+        linear: nn.Linear,
     ) -> torch.Tensor:
         """``hidden_states + attn_output + linear(mlp_intermediate)``, rounded once."""
         settings = self._mlpdown
@@ -83,7 +89,9 @@ def obstacle(stepped_over: tuple[tuple[str, nn.Module, type[nn.Module]], ...]) -
     """Why the op cannot stand in for these modules, or None. Asked when a model is patched, and again at each call."""
     for name, module, expected in stepped_over:
         if type(module) is not expected:
-            return f"{name} is a {_full_name(type(module))}, not a {_full_name(expected)} (quantised, adapted or replaced)"
+            return (
+                f"{name} is a {_full_name(type(module))}, not a {_full_name(expected)} (quantised, adapted or replaced)"
+            )
         if "forward" in module.__dict__:
             return f"{name} has a forward of its own (offloaded or dispatched)"
         if module._forward_hooks or module._forward_pre_hooks:

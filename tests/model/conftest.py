@@ -112,5 +112,10 @@ def greedy(model: Any, prompt: torch.Tensor, num_tokens: int = 8, **keywords: An
     """Greedy continuation of ``prompt``, ``num_tokens`` long."""
     attention_mask = torch.ones_like(prompt)
     return model.generate(
-        prompt, attention_mask=attention_mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, **keywords
+        prompt,
+        attention_mask=attention_mask,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        **keywords,
     )

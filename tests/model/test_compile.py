@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlpdown
 import pytest
 import torch
-from mlpdown.module import fused_mlp_down
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers import StaticCache
+
+import mlpdown
+from mlpdown.module import fused_mlp_down
 
 from .conftest import NUM_LAYERS, layers_of, make_model, step
 
@@ -134,7 +135,13 @@ def test_hook_added_after_compiling_is_heard_once_compiled_anew() -> None:
 def arguments(attn_output: bool, bias: bool) -> tuple[torch.Tensor | None, ...]:
     generator = torch.Generator().manual_seed(8)
     draw = lambda *shape: torch.randn(*shape, generator=generator).half()  # noqa: E731
-    return draw(1, 1, 16), draw(1, 1, 16) if attn_output else None, draw(1, 1, 32), draw(16, 32), draw(16) if bias else None
+    return (
+        draw(1, 1, 16),
+        draw(1, 1, 16) if attn_output else None,
+        draw(1, 1, 32),
+        draw(16, 32),
+        draw(16) if bias else None,
+    )
 
 
 @pytest.mark.parametrize("attn_output", [True, False])

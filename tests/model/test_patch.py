@@ -5,13 +5,14 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import mlpdown
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import mlpdown
 from mlpdown import reference
 from mlpdown.patching import Patch, PatchReport
-from torch import nn
 
 from .conftest import NUM_LAYERS, greedy, layers_of, make_model, step
 
@@ -56,7 +57,9 @@ def test_numba_layers_end_in_the_bits_of_the_specification(family: str, dtype: t
     model = make_model(family, dtype)
     ends: list[torch.Tensor] = []
     for layer in layers_of(model):
-        layer.register_forward_hook(lambda module, inputs, output: ends.append(output[0] if isinstance(output, tuple) else output))
+        layer.register_forward_hook(
+            lambda module, inputs, output: ends.append(output[0] if isinstance(output, tuple) else output)
+        )
     mlpdown.patch(model, backend="numba")
     step(model)
     assert len(calls.arguments) == len(ends) == NUM_LAYERS
@@ -187,7 +190,9 @@ def test_patching_twice_is_patching_once(model: Any, calls: Any) -> None:
         assert [type(layer) for layer in layers_of(model)] == classes
         step(model)
         assert calls.take() == NUM_LAYERS
-    assert [type(layer) for layer in layers_of(model)] == classes, "the inner handle changed nothing and takes nothing back"
+    assert [type(layer) for layer in layers_of(model)] == classes, (
+        "the inner handle changed nothing and takes nothing back"
+    )
     assert outer.unpatch() == NUM_LAYERS
     assert outer.unpatch() == 0
 
@@ -225,7 +230,9 @@ def test_errors_name_the_argument(model: Any) -> None:
         mlpdown.unpatch("model")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be one of auto, native, numba, torch, got 'cuda'"):
         mlpdown.patch(model, backend="cuda")
-    with pytest.raises(ValueError, match=r"model must contain layers of a known family \(GPTNeoXLayer, .*got Linear without any"):
+    with pytest.raises(
+        ValueError, match=r"model must contain layers of a known family \(GPTNeoXLayer, .*got Linear without any"
+    ):
         mlpdown.patch(nn.Linear(8, 8))
     if not mlpdown.backends()["native"].available:
         with pytest.raises(RuntimeError, match="backend 'native' cannot run here: "):

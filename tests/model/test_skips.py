@@ -7,10 +7,11 @@ import logging
 import re
 from typing import Any
 
-import mlpdown
 import pytest
 import torch
 from torch import nn
+
+import mlpdown
 
 from .conftest import NUM_LAYERS, layers_of, make_model, step
 
@@ -67,17 +68,29 @@ def subclass(layer: Any) -> None:
 
 
 CASES: dict[str, tuple[Any, str]] = {
-    "quantised": (quantise, r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or"),
+    "quantised": (
+        quantise,
+        r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or",
+    ),
     "adapted": (adapt, r"mlp.dense_4h_to_h is a .*\.Adapted, not a "),
     "adapted MLP": (adapt_whole_mlp, r"mlp is a .*\.Adapted, not a "),
     "parametrised": (parametrise, r"mlp.dense_4h_to_h is a .*ParametrizedLinear, not a "),
     "offloaded layer": (offload, r"it has a forward of its own \(offloaded, dispatched or wrapped\)"),
     "offloaded linear": (lambda layer: offload(layer.mlp.dense_4h_to_h), r"mlp.dense_4h_to_h has a forward of its own"),
     "hooked MLP": (lambda layer: layer.mlp.register_forward_hook(lambda *_: None), r"mlp has forward hooks"),
-    "hooked linear": (lambda layer: layer.mlp.dense_4h_to_h.register_forward_pre_hook(lambda *_: None), r"dense_4h_to_h has forward hooks"),
-    "hooked dropout": (lambda layer: layer.post_mlp_dropout.register_forward_hook(lambda *_: None), r"post_mlp_dropout has forward hooks"),
+    "hooked linear": (
+        lambda layer: layer.mlp.dense_4h_to_h.register_forward_pre_hook(lambda *_: None),
+        r"dense_4h_to_h has forward hooks",
+    ),
+    "hooked dropout": (
+        lambda layer: layer.post_mlp_dropout.register_forward_hook(lambda *_: None),
+        r"post_mlp_dropout has forward hooks",
+    ),
     "subclass": (subclass, r"it is a .*FullyShardedLayer, a subclass of GPTNeoXLayer"),
-    "other dtype": (lambda layer: layer.float(), r"mlp.dense_4h_to_h.weight is torch.float32; the op takes torch.float16 and torch.bfloat16"),
+    "other dtype": (
+        lambda layer: layer.float(),
+        r"mlp.dense_4h_to_h.weight is torch.float32; the op takes torch.float16 and torch.bfloat16",
+    ),
 }
 
 
@@ -111,7 +124,9 @@ def test_model_of_another_dtype_is_left_alone(dtype: torch.dtype) -> None:
 def test_intermediate_dim_that_the_op_does_not_take() -> None:
     report = mlpdown.patch(make_model("qwen2", intermediate_size=100)).report
     assert report.num_patched == 0
-    assert set(report.skipped.values()) == {"mlp.down_proj.weight has an intermediate_dim of 100; the op takes multiples of 8"}
+    assert set(report.skipped.values()) == {
+        "mlp.down_proj.weight has an intermediate_dim of 100; the op takes multiples of 8"
+    }
 
 
 def test_tensor_parallel_weight() -> None:

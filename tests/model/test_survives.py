@@ -8,10 +8,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import mlpdown
 import pytest
 import torch
 from torch import nn
+
+import mlpdown
 
 from .conftest import NUM_LAYERS, greedy, layers_of, make_model, step
 
@@ -122,11 +123,11 @@ def test_hooks_for_all_modules(model: Any, calls: Any) -> None:
     def names_heard() -> list[str]:
         heard: list[str] = []
         hook = nn.modules.module.register_module_forward_hook(
-            lambda module, inputs, output: heard.append(f"{type(module).__module__.split('.')[0]} {type(module).__name__}".removeprefix("mlpdown "))
+            lambda module, inputs, output: heard.append(type(module).__name__)
         )
         step(model)
         hook.remove()
-        return [name.removeprefix("transformers ") for name in heard]
+        return heard
 
     expected = names_heard()
     with mlpdown.patch(model):
@@ -142,7 +143,9 @@ def test_hidden_states_and_attentions(family: str, calls: Any) -> None:
         assert calls.take() == NUM_LAYERS
     assert len(actual.hidden_states) == len(expected.hidden_states) == NUM_LAYERS + 1
     assert len(actual.attentions) == len(expected.attentions) == NUM_LAYERS
-    for one, other in zip((*actual.hidden_states, *actual.attentions), (*expected.hidden_states, *expected.attentions), strict=True):
+    for one, other in zip(
+        (*actual.hidden_states, *actual.attentions), (*expected.hidden_states, *expected.attentions), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -225,7 +228,9 @@ def test_modules_replaced_while_patched(model: Any, calls: Any) -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    doubled = Doubled(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype).eval()
+    doubled = Doubled(
+        linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype
+    ).eval()
     doubled.load_state_dict(linear.state_dict())
     setattr(layer.mlp, "dense_4h_to_h" if hasattr(layer.mlp, "dense_4h_to_h") else "down_proj", doubled)
     with_patch = step(model)
@@ -238,7 +243,9 @@ def test_inference_mode_and_left_padding(model: Any, calls: Any) -> None:
     padded = torch.tensor([[0, 0, 5, 9], [3, 4, 5, 6]])
     attention_mask = (padded != 0).long()
     attention_mask[1] = 1
-    keywords: dict[str, Any] = dict(attention_mask=attention_mask[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    keywords: dict[str, Any] = dict(
+        attention_mask=attention_mask[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
     expected = model.generate(padded[:1], **keywords)
     with mlpdown.patch(model, backend="torch"), torch.inference_mode():
         assert torch.equal(model.generate(padded[:1], **keywords), expected)
