@@ -31,8 +31,8 @@ class MLPDown(nn.Module):
         backend, plan, weight_prefetch: as in ``mlpdown.run``.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(
         self,
