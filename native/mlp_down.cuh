@@ -5,7 +5,7 @@
 //
 // A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of rows_per_stage. Each CTA holds a slice of the
 // reduction axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which
-// all ranks send their segment sums.
+// all ranks send their segment sums. (With fewer rows in a stage than CTAs in the cluster, the last ranks own nothing.)
 //
 //   warp 0        producer   fills the ring: weight slices, one stage a tile; and the activation slice, once
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
@@ -16,7 +16,7 @@
 //   empty_barriers[stage]     every consumer warp                 -> producer: the stage may be overwritten
 //   activation_barrier        producer, 1 + the slice's bytes     -> consumers
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
-//   partials_empty[slot]      the epilogue of every rank          -> consumers: all owners have read the slot, at their own CTA
+//   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
 //
 // The specification, reference/kernel.py, has the same sections in the same order.
 #pragma once
@@ -62,6 +62,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   // Balanced rows: the clusters' shares differ by one row at most.
   const uint32_t first_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * ptx::cluster_idx() / ptx::num_clusters());
   const uint32_t end_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * (ptx::cluster_idx() + 1) / ptx::num_clusters());
+  const uint32_t num_owners = plan.rows_per_stage < kClusterSize ? plan.rows_per_stage : kClusterSize;
   const uint32_t num_tiles = (end_row - first_row + plan.rows_per_stage - 1) / plan.rows_per_stage;
   const auto rows_in_tile = [&](uint32_t tile) {
     const uint32_t rows_left = end_row - first_row - tile * plan.rows_per_stage;
@@ -93,7 +94,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     }
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
       ptx::mbarrier_init(partials_full(slot_idx), 1);
-      ptx::mbarrier_init(partials_empty(slot_idx), kClusterSize);
+      ptx::mbarrier_init(partials_empty(slot_idx), num_owners);
     }
     ptx::mbarrier_init(activation_barrier, 1);
     ptx::fence_mbarrier_init();
@@ -154,13 +155,19 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     ptx::mbarrier_wait(activation_barrier, 0);
     RingPosition stage;
     RingPosition slot;
+    const auto release_stage = [&] {
+      ptx::syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
+    };
     for (uint32_t tile = 0; tile < num_tiles; ++tile) {
       const uint32_t num_rows = rows_in_tile(tile);
       const uint32_t num_items = (num_rows + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
       ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
       if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);
 
-      for (uint32_t item = warp_idx - kFirstConsumerWarp; item < num_items; item += plan.num_consumer_warps) {
+      const uint32_t first_item = warp_idx - kFirstConsumerWarp;
+      if (first_item >= num_items) release_stage();
+      for (uint32_t item = first_item; item < num_items; item += plan.num_consumer_warps) {
         const uint32_t segment = item % kSegmentsPerCta;
         const uint32_t item_first_row = item / kSegmentsPerCta * kRowsPerWarp;
         const uint32_t first_vector = segments.first_vector(first_segment + segment) - slice_first_vector;
@@ -185,6 +192,9 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
           }
         }
 
+        // All that this warp wants of the stage is in registers.
+        if (item + plan.num_consumer_warps >= num_items) release_stage();
+
         float sums[kRowsPerWarp];
 #pragma unroll
         for (uint32_t row = 0; row < kRowsPerWarp; ++row) sums[row] = sum_lane(accumulators[row]);
@@ -198,8 +208,6 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
                         ptx::mapa(partials_full(slot.idx), owner));
         }
       }
-      ptx::syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
       stage.advance(plan.num_stages);
       slot.advance(kNumPartialSlots);
     }
@@ -207,28 +215,42 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   }
 
   // ---- Epilogue: segments in order, bias, residuals, one rounding ----
+  if (cta_rank_in_cluster >= num_owners) return;
   // Reads what earlier kernels wrote, and writes what they may still be reading.
   ptx::griddepcontrol_wait();
-  const auto load = [](const void* tensor, uint32_t idx) { return DType::to_float(ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx)); };
-  RingPosition slot;
-  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-    // Lane i takes the i-th row that this CTA owns: rows rank, rank + kClusterSize, ... of the tile.
-    const uint32_t num_rows = rows_in_tile(tile);
-    const uint32_t num_owned_rows = (num_rows + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
-    const bool owns_row = lane < num_owned_rows;
-    const uint32_t row = first_row + tile * plan.rows_per_stage + lane * kClusterSize + cta_rank_in_cluster;
-    const bool has_residuals = owns_row && !problem.is_partial_sums;
-    const float bias = has_residuals && problem.bias ? load(problem.bias, row) : 0.0f;
-    const float attn_output = has_residuals && problem.attn_output ? load(problem.attn_output, row) : 0.0f;
-    const float hidden_states = has_residuals ? load(problem.hidden_states, row) : 0.0f;
 
+  // Of each tile this CTA owns the rows rank, rank + kClusterSize, ...; lanes take owned rows of as many tiles as they reach, a window,
+  // so that a window's bias and residuals arrive together, ahead of its sums.
+  const uint32_t owned_rows_per_tile = (plan.rows_per_stage + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
+  const uint32_t tiles_per_window = kNumLanes / owned_rows_per_tile;
+  const uint32_t owned_row = lane % owned_rows_per_tile;
+  const auto load = [](const void* tensor, uint32_t idx) { return ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx); };
+  RingPosition slot;
+  uint32_t window_first_tile = 0;
+  uint32_t row = 0;
+  uint16_t bias = 0;
+  uint16_t attn_output = 0;
+  uint16_t hidden_states = 0;
+  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+    if (tile % tiles_per_window == 0) {
+      window_first_tile = tile;
+      row = first_row + (tile + lane / owned_rows_per_tile) * plan.rows_per_stage + owned_row * kClusterSize + cta_rank_in_cluster;
+      if (row < end_row && !problem.is_partial_sums) {
+        if (problem.bias) bias = load(problem.bias, row);
+        if (problem.attn_output) attn_output = load(problem.attn_output, row);
+        hidden_states = load(problem.hidden_states, row);
+      }
+    }
+
+    const uint32_t num_owned_rows = (rows_in_tile(tile) + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
     if (lane == 0) ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
     ptx::mbarrier_wait_cluster(partials_full(slot.idx), slot.phase);
+    const bool owns_row = tile == window_first_tile + lane / owned_rows_per_tile && owned_row < num_owned_rows;
     float segment_sums[kNumSegments] = {};
     if (owns_row) {
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
-        const ptx::Vector sums = ptx::ld_shared(partials(slot.idx, lane, half * 4));
+        const ptx::Vector sums = ptx::ld_shared(partials(slot.idx, owned_row, half * 4));
 #pragma unroll
         for (uint32_t word = 0; word < 4; ++word) segment_sums[half * 4 + word] = ptx::float_from_bits(sums.words[word]);
       }
@@ -242,9 +264,9 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
       if (problem.is_partial_sums) {
         ptx::st_global(static_cast<float*>(problem.out) + row, total);
       } else {
-        if (problem.bias) total = ptx::add_rn(total, bias);
-        if (problem.attn_output) total = ptx::add_rn(total, attn_output);
-        total = ptx::add_rn(total, hidden_states);
+        if (problem.bias) total = ptx::add_rn(total, DType::to_float(bias));
+        if (problem.attn_output) total = ptx::add_rn(total, DType::to_float(attn_output));
+        total = ptx::add_rn(total, DType::to_float(hidden_states));
         ptx::st_global(static_cast<uint16_t*>(problem.out) + row, DType::round_once(total));
       }
     }
