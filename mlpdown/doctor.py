@@ -307,7 +307,7 @@ def _print(findings: Findings) -> None:
 def _lines(values: Any) -> list[str]:
     """A section as lines of ``name: value``; nested values on one line each."""
     if isinstance(values, dict):
-        lines = []
+        lines: list[str] = []
         for name, value in values.items():
             if isinstance(value, list) and value:
                 lines.extend(f"{name}: {_one_line(item)}" for item in value)

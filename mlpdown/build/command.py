@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         action="append",
         metavar="ARCH",
-        help=f"what to build for: {', '.join(targets.ALL_TARGETS)} or all; may be given again (default: the GPUs of this machine; without one, all)",
+        help=f"what to build for: {', '.join(targets.ALL_TARGETS)} or all; may be given again "
+        "(default: the GPUs of this machine; without one, all)",
     )
     parser.add_argument("--force", action="store_true", help="build even if the cache has this library")
     parser.add_argument(

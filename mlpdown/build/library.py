@@ -88,7 +88,7 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
     """A library that is there already, and why others that are there were passed over. Builds nothing."""
     sources = package_sources()
     capabilities = targets.present_capabilities()
-    refusals = []
+    refusals: list[str] = []
     prebuilt = _prebuilt(sources)
     if prebuilt is not None:
         refusal = _refusal(prebuilt, sources, capabilities)

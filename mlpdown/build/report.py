@@ -72,8 +72,9 @@ def check(kernels: Sequence[KernelResources], targets: Sequence[str], num_kernel
     spilled = [kernel for kernel in kernels if kernel.spills]
     if spilled:
         lines = [
-            f"  {kernel.kernel} for {kernel.target}: {kernel.stack_bytes} bytes of stack, {kernel.spill_store_bytes} bytes of spill stores, "
-            f"{kernel.spill_load_bytes} of spill loads, {kernel.local_bytes} bytes of local memory"
+            f"  {kernel.kernel} for {kernel.target}: {kernel.stack_bytes} bytes of stack, "
+            f"{kernel.spill_store_bytes} of spill stores, {kernel.spill_load_bytes} of spill loads, "
+            f"{kernel.local_bytes} of local memory"
             for kernel in spilled
         ]
         raise BuildError("\n".join(["these kernels use local memory, which none may:", *lines]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 from pathlib import Path
 
 from .. import plan
@@ -38,9 +39,8 @@ def native_folder() -> Path:
     Raises:
         BuildError: it is not there, or holds no sources.
     """
-    from .. import native  # mapped to native/ by the package's metadata, editable installations included
-
-    return Path(native.__path__[0])
+    # The package's metadata maps mlpdown.native to native/, in editable installations too.
+    return Path(next(iter(importlib.import_module("mlpdown.native").__path__)))
 
 
 def read_sources(folder: Path | None = None) -> Sources:

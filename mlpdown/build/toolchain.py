@@ -110,7 +110,8 @@ def find_host_compiler() -> tuple[Path, str]:
                 raise BuildError(f"the C++ compiler {found} does not run: {refusal}")
             return Path(found), version.splitlines()[0] if version else name
     raise BuildError(
-        f"no C++ compiler: nvcc needs one of {', '.join(HOST_COMPILERS)} on PATH (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
+        f"no C++ compiler: nvcc needs one of {', '.join(HOST_COMPILERS)} on PATH "
+        "(Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
     )
 
 
