@@ -1,0 +1,201 @@
+"""Greedy decoding in each mode that is measured. A decoder is rewound to the end of the prompt, then steps one token at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+import mlpdown
+from mlpdown.bench.e2e_loop import LoopModel, MLPDownFunction
+
+# What graphs and compilers need to see before they are captured or settled.
+NUM_WARMUP_STEPS = 3
+
+Patcher = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class Decoder(Protocol):
+    """One model in one mode, at the end of the prompt or some tokens on. Nothing in ``step`` waits for the device."""
+
+    patch: Patcher
+    """The context that its steps must run in."""
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+
+    def step(self) -> None:
+        """Decode one token."""
+
+    def tokens(self) -> list[int]:
+        """The tokens decoded since ``rewind``, the one that the prompt's own logits gave first. Waits for the device."""
+
+
+def not_patched() -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+def patcher(model: Any, settings: dict[str, Any]) -> Patcher:
+    """A context in which the layers of ``model`` use the op."""
+    return lambda: mlpdown.patch(model, **settings)
+
+
+class EagerDecoder:
+    """The model's own forward in a Python loop, with the cache that grows."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor, patch: Patcher) -> None:
+        self.model, self.prompt, self.patch = model, prompt, patch
+        self.generated: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def rewind(self) -> None:
+        output = self.model(self.prompt, use_cache=True)
+        self.cache = output.past_key_values
+        self.generated = [output.logits[:, -1:].argmax(-1)]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        output = self.model(self.generated[-1], past_key_values=self.cache, use_cache=True)
+        self.generated.append(output.logits[:, -1:].argmax(-1))
+
+    def tokens(self) -> list[int]:
+        return torch.cat(self.generated, 1)[0].tolist()
+
+
+class StaticDecoder:
+    """The model over a static cache, everything on the device: optionally compiled, and captured in a CUDA graph where there is one.
+
+    Args:
+        max_length: positions of the cache. compile: whether ``torch.compile`` takes the model. graph: whether a step is captured.
+    """
+
+    def __init__(
+        self, model: Any, prompt: torch.Tensor, patch: Patcher, max_length: int, *, compile: bool, graph: bool
+    ) -> None:
+        from transformers import StaticCache
+
+        self.model, self.prompt, self.patch = model, prompt, patch
+        self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        # transformers 5 takes positions from position_ids and the cache itself, transformers 4 from cache_position.
+        self.takes_cache_position = "cache_position" in inspect.signature(type(model).forward).parameters
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        device = prompt.device
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.generated = torch.zeros(max_length, dtype=torch.long, device=device)
+        with torch.no_grad():
+            self._prefill()
+        self.rewind()
+        with patch():
+            if graph:
+                self._run: Callable[[], None] = self._capture()
+            else:
+                for _ in range(NUM_WARMUP_STEPS):
+                    self._decode()
+                self._run = self._decode
+        self.rewind()
+
+    def _prefill(self) -> None:
+        num_tokens = self.prompt.shape[1]
+        positions = torch.arange(num_tokens, device=self.prompt.device)
+        logits = self.model(self.prompt, past_key_values=self.cache, use_cache=True, **self._at(positions)).logits
+        self.first_token = logits[:, -1:].argmax(-1)
+
+    def _at(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        keywords = {"position_ids": positions[None]}
+        return {**keywords, "cache_position": positions} if self.takes_cache_position else keywords
+
+    @torch.no_grad()
+    def _decode(self) -> None:
+        logits = self.forward(self.token, past_key_values=self.cache, use_cache=True, **self._at(self.position)).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        self.position.add_(1)
+        self.generated.index_copy_(0, self.position, self.token[0])
+
+    def _capture(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_WARMUP_STEPS):
+                self._decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.rewind()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._decode()
+        return graph.replay
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        num_tokens = self.prompt.shape[1]
+        # Later entries of the cache are behind the mask until they are written anew.
+        for layer in self.cache.layers:
+            if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+                layer.cumulative_length.fill_(num_tokens)
+        self.position.fill_(num_tokens)
+        self.token.copy_(self.first_token)
+        self.generated.zero_()
+        self.generated[num_tokens] = self.first_token[0, 0]
+
+    def step(self) -> None:
+        self._run()
+
+    def tokens(self) -> list[int]:
+        return self.generated[self.prompt.shape[1] : int(self.position) + 1].tolist()
+
+
+class LoopDecoder:
+    """The hand-written eager loop of ``e2e_loop``."""
+
+    def __init__(self, model: LoopModel, prompt: torch.Tensor, mlp_down: MLPDownFunction) -> None:
+        self.model, self.prompt, self.mlp_down = model, prompt[0], mlp_down
+        self.patch = not_patched
+
+    def rewind(self) -> None:
+        logits = self.model.forward(self.prompt, 0, self.mlp_down)
+        self.position = self.prompt.shape[0]
+        self.generated = [logits[-1:].argmax(-1)]
+
+    def step(self) -> None:
+        logits = self.model.forward(self.generated[-1], self.position, self.mlp_down)
+        self.position += 1
+        self.generated.append(logits.argmax(-1))
+
+    def tokens(self) -> list[int]:
+        return torch.cat(self.generated).tolist()
+
+
+def forced_logits(model: Any, prompt: torch.Tensor, continuation: torch.Tensor) -> torch.Tensor:
+    """Logits ``[num_tokens, vocabulary]`` of one eager decode step for each token of ``continuation`` ``[num_tokens]``, after ``prompt``."""
+    rows = []
+    with torch.inference_mode():
+        cache = model(prompt, use_cache=True).past_key_values
+        for token in continuation:
+            output = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            rows.append(output.logits[0, -1])
+    return torch.stack(rows)
+
+
+def forced_loop_logits(
+    model: LoopModel, prompt: torch.Tensor, continuation: torch.Tensor, mlp_down: MLPDownFunction
+) -> torch.Tensor:
+    """As :func:`forced_logits`, of the hand-written loop."""
+    model.forward(prompt[0], 0, mlp_down)
+    rows = [
+        model.forward(token.view(1), prompt.shape[1] + index, mlp_down)[0] for index, token in enumerate(continuation)
+    ]
+    return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def hooked(modules: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook on each of ``modules``, for a while."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
