@@ -2,7 +2,7 @@
 # make test    the tests (TESTFLAGS="-m gpu" or "-m slow" for the others)
 # make lint    ruff and mypy
 # make wheel   one wheel with the compiled library, in dist/
-# make compat  the built library under every torch and Python that can be had here; writes build/compat.md
+# make compat  the built library under every torch and Python that can be had here; writes build/compat/
 #
 # PYTHON=python3.12 chooses the interpreter of .venv.
 
@@ -30,10 +30,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 wheel: $(VENV)/installed-wheel
-	$(BIN)/python -m mlpdown.build.wheel --output-dir dist
+	$(BIN)/python .ci/wheel.py --output-dir dist
 
 compat: $(VENV)/installed-wheel
-	$(BIN)/python -m mlpdown.build.compatibility --output build/compat.md
+	$(BIN)/python .ci/compat.py --output-dir build/compat
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info native/prebuilt

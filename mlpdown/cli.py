@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _log_level() -> int:
     name = os.environ.get("MLPDOWN_LOG", "warning").upper()
-    level = logging.getLevelNamesMapping().get(name) if sys.version_info >= (3, 11) else getattr(logging, name, None)
+    level = logging.getLevelName(name)  # a number for a name that it knows
     if not isinstance(level, int):
         raise SystemExit(f"MLPDOWN_LOG must be one of debug, info, warning, error, critical, got {name.lower()!r}")
     return level
