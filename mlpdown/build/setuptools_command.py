@@ -16,11 +16,12 @@ class PlatformWheel(bdist_wheel):
     """``py3-none-any``, or ``py3-none-<platform>`` with a library: it depends on the platform, on no Python and on no torch."""
 
     def finalize_options(self) -> None:
+        self.has_library = PREBUILT_LIBRARY.is_file()
+        if self.has_library:
+            # What decides between Python's folders for pure and for compiled packages.
+            self.distribution.has_ext_modules = lambda: True
         super().finalize_options()
-        if PREBUILT_LIBRARY.is_file():
-            self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
-        if self.root_is_pure:
-            return super().get_tag()
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if self.has_library else tag
