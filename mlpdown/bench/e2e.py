@@ -24,7 +24,7 @@ from mlpdown.bench.e2e_report import Report, Row
 MODES = ("loop", "graph", "compile", "eager")
 PROMPT_LENGTH = 8
 NUM_CHECKED_TOKENS = 32
-# A user who asks for few tokens gets a small static cache, and attention reads all of it: lengths up to this are run in a cache of this size.
+# Attention reads all of a static cache, and who asks for few tokens gets a small one: lengths up to this have a cache of their own.
 SHORT_TOKENS = 256
 # A run is repeated only while its mode has taken less than this, so that every mode gets its turn.
 SECONDS_PER_MODE = 15.0
@@ -148,10 +148,10 @@ class Benchmark:
             if mode == "graph" and not self.on_cuda:
                 self.leave_out(f"{what}: a CUDA graph needs a CUDA device")
                 continue
-            if seconds_to_build.get(mode, 0.0) > self.seconds_left():
-                self.leave_out(
-                    f"{what}: building takes {seconds_to_build[mode]:.0f} s, {self.seconds_left():.0f} s are left of --seconds"
-                )
+            needed, left = seconds_to_build.get(mode, 0.0), self.seconds_left()
+            if left <= needed:
+                building = f", building takes {needed:.0f} s" if needed else ""
+                self.leave_out(f"{what}: {max(left, 0.0):.0f} s are left of --seconds{building}")
                 continue
             begin = time.perf_counter()
             cache_length = (
@@ -185,8 +185,8 @@ class Benchmark:
         checks.append(self.oracle.check_logits("loop", forced_loop(torch_mlp_down), forced_loop(self.mlp_down())))
         for check in checks:
             self.console.print(
-                f"logits, {check.name}: {check.patched:.3e} from float64 (stock {check.stock:.3e}, bound {check.bound:.3e}, root mean square "
-                f"over {NUM_CHECKED_TOKENS} tokens)"
+                f"logits, {check.name}: {check.patched:.3e} from float64 (stock {check.stock:.3e}, bound {check.bound:.3e}, "
+                f"root mean square over {NUM_CHECKED_TOKENS} tokens)"
             )
         self.report.logits = checks
 

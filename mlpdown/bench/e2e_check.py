@@ -1,4 +1,4 @@
-"""Before anything is timed: are the logits as near to float64 as they must be, and does every difference in greedy tokens have its reason?"""
+"""Before anything is timed: are the logits as near to float64 as they must be, and does rounding explain where greedy tokens differ?"""
 
 from __future__ import annotations
 
@@ -97,12 +97,14 @@ class Oracle:
         """
         stock_error, patched_error = stock.double() - self.exact, patched.double() - self.exact
         self.largest_error = max(self.largest_error, stock_error.abs().max().item(), patched_error.abs().max().item())
-        distances = (error.square().mean().sqrt().item() for error in (stock_error, patched_error))
-        check = LogitsCheck(name, *distances, self.one_rounding)
+        stock_distance, patched_distance = (
+            error.square().mean().sqrt().item() for error in (stock_error, patched_error)
+        )
+        check = LogitsCheck(name, stock_distance, patched_distance, self.one_rounding)
         if not check.patched <= check.bound:  # a NaN is not
             raise CheckError(
-                f"{name}: patched logits are {check.patched:.3e} (root mean square) from float64, must be at most {check.bound:.3e}: the stock "
-                f"model's {check.stock:.3e} and one rounding a layer, {check.one_rounding:.3e}"
+                f"{name}: patched logits are {check.patched:.3e} (root mean square) from float64, must be at most {check.bound:.3e}: "
+                f"the stock model's {check.stock:.3e} and one rounding a layer, {check.one_rounding:.3e}"
             )
         return check
 

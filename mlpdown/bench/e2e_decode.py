@@ -133,8 +133,9 @@ class StaticDecoder:
         num_tokens = self.prompt.shape[1]
         # Later entries of the cache are behind the mask until they are written anew.
         for layer in self.cache.layers:
-            if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
-                layer.cumulative_length.fill_(num_tokens)
+            length = getattr(layer, "cumulative_length", None)  # only in transformers 5
+            if isinstance(length, torch.Tensor):
+                length.fill_(num_tokens)
         self.position.fill_(num_tokens)
         self.token.copy_(self.first_token)
         self.generated.zero_()
@@ -169,7 +170,7 @@ class LoopDecoder:
 
 
 def forced_logits(model: Any, prompt: torch.Tensor, continuation: torch.Tensor) -> torch.Tensor:
-    """Logits ``[num_tokens, vocabulary]`` of one eager decode step for each token of ``continuation`` ``[num_tokens]``, after ``prompt``."""
+    """Logits ``[num_tokens, vocabulary]`` of one eager decode step for each of the tokens ``continuation``, fed after ``prompt``."""
     rows = []
     with torch.inference_mode():
         cache = model(prompt, use_cache=True).past_key_values

@@ -88,7 +88,8 @@ def build(size: Size, weights: StateDict, max_length: int) -> Any:
     """A transformers model around ``weights``, which it shares."""
     import transformers
 
-    config = transformers.GPTNeoXConfig(
+    make_config: Any = transformers.GPTNeoXConfig  # takes older names of fields too, which its signature does not show
+    config = make_config(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden_dim,
         num_hidden_layers=size.num_layers,
@@ -139,7 +140,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A checkpoint: a folder, or a name on the Hugging Face hub."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -115,7 +115,9 @@ def environment() -> dict[str, Any]:
     """Machine and versions."""
     import mlpdown
 
-    modules = {name: sys.modules[name].__version__ for name in ("transformers", "triton") if name in sys.modules}
+    modules: dict[str, Any] = {
+        name: sys.modules[name].__version__ for name in ("transformers", "triton") if name in sys.modules
+    }
     on_cuda = torch.cuda.is_available()
     return {
         "machine": platform.platform(),

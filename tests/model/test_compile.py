@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers import StaticCache
@@ -17,6 +18,7 @@ from mlpdown.module import fused_mlp_down
 
 from .conftest import NUM_LAYERS, layers_of, make_model, step
 
+TRANSFORMERS_MAJOR = int(transformers.__version__.split(".")[0])
 NUMBA_OP = torch.ops.mlpdown.numba_mlp_down.default
 
 
@@ -46,12 +48,20 @@ class Graphs:
 def decode(model: Callable[..., Any], config: Any, prompt: torch.Tensor, num_tokens: int = 4) -> list[torch.Tensor]:
     """Logits of each decoded token after a prefill, over a static cache."""
     cache = StaticCache(config=config, max_cache_len=16)
+    # transformers 5 has no such argument: its static cache counts.
+    takes_cache_position = TRANSFORMERS_MAJOR < 5
     logits = []
     tokens, position = prompt, 0
     for _ in range(num_tokens):
         cache_position = torch.arange(position, position + tokens.shape[1])
         with torch.no_grad():
-            output = model(tokens, past_key_values=cache, position_ids=cache_position[None], use_cache=True)
+            output = model(
+                tokens,
+                past_key_values=cache,
+                position_ids=cache_position[None],
+                use_cache=True,
+                **({"cache_position": cache_position} if takes_cache_position else {}),
+            )
         position += tokens.shape[1]
         logits.append(output.logits[:, -1])
         tokens = logits[-1].argmax(-1, keepdim=True)

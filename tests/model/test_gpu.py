@@ -1,0 +1,132 @@
+"""Patched models on a GPU: the native op within eager code, CUDA graphs and compiled code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mlpdown
+from mlpdown.bench import e2e, e2e_models
+from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, StaticDecoder, not_patched, patcher
+
+from .conftest import NUM_LAYERS, greedy, make_model, step
+
+pytestmark = pytest.mark.gpu
+
+NATIVE: dict[str, Any] = {"backend": "native"}
+
+
+def decode(decoder: Decoder, num_tokens: int = 12) -> list[int]:
+    decoder.rewind()
+    with decoder.patch():
+        for _ in range(num_tokens - 1):
+            decoder.step()
+    return decoder.tokens()
+
+
+@pytest.fixture
+def gpt_neox() -> Any:
+    size = e2e_models.Size(256, 3, 4, vocabulary=512)
+    weights = e2e_models.random_weights(size, torch.float16, torch.device("cuda"), seed=3)
+    return e2e_models.build(size, weights, 64)
+
+
+@pytest.fixture
+def cuda_prompt() -> torch.Tensor:
+    return torch.tensor([[7, 30, 2, 91, 4]], device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_native_layers_give_the_bits_of_the_specification(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype).cuda()
+    token = torch.tensor([[3]], device="cuda")
+    logits = {}
+    for backend in ("native", "numba"):
+        with mlpdown.patch(model, backend=backend):
+            logits[backend] = model(token, use_cache=False).logits
+    assert torch.equal(logits["native"].view(torch.int16), logits["numba"].view(torch.int16))
+
+
+def test_auto_takes_native_for_every_decoded_token(family: str, calls: Any) -> None:
+    model = make_model(family).cuda()
+    prompt = torch.tensor([[5, 6, 7]], device="cuda")
+    expected = greedy(model, prompt)
+    with mlpdown.patch(model, weight_prefetch=True):
+        assert greedy(model, prompt).shape == expected.shape
+        assert calls.take() == 7 * NUM_LAYERS
+
+
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+def test_cuda_graph_decodes_what_eager_code_decodes(
+    gpt_neox: Any, cuda_prompt: torch.Tensor, weight_prefetch: bool
+) -> None:
+    patch = patcher(gpt_neox, {**NATIVE, "weight_prefetch": weight_prefetch})
+    static = decode(StaticDecoder(gpt_neox, cuda_prompt, patch, 32, compile=False, graph=False))
+    captured = StaticDecoder(gpt_neox, cuda_prompt, patch, 32, compile=False, graph=True)
+    assert decode(captured) == static
+    assert decode(captured) == static, "a graph replays as often as one likes"
+
+
+def test_compiled_model_with_the_native_op_in_a_cuda_graph(gpt_neox: Any, cuda_prompt: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = StaticDecoder(gpt_neox, cuda_prompt, patcher(gpt_neox, NATIVE), 32, compile=True, graph=True)
+    eager = EagerDecoder(gpt_neox, cuda_prompt, not_patched)
+    assert decode(compiled)[0] == decode(eager)[0]
+    assert len(decode(compiled)) == 12
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_torch_compile_without_graph_breaks(mode: str) -> None:
+    torch._dynamo.reset()
+    model = make_model("gpt_neox_parallel").cuda()
+    token = torch.tensor([[3]], device="cuda")
+    with mlpdown.patch(model, **NATIVE):
+        expected = model(token, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        for _ in range(4):
+            actual = compiled(token, use_cache=False).logits.clone()
+        # Inductor keeps float32 between fused operations where eager code rounds.
+        torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-5)
+
+
+def test_generate_with_static_cache_compiles_itself(gpt_neox: Any, cuda_prompt: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    keywords: dict[str, Any] = dict(cache_implementation="static", eos_token_id=None, pad_token_id=0)
+    with mlpdown.patch(gpt_neox, **NATIVE):
+        assert greedy(gpt_neox, cuda_prompt, 12, **keywords).shape == (1, 17)
+
+
+def test_training_and_prefill_do_not_touch_the_op(family: str, calls: Any) -> None:
+    model = make_model(family).cuda()
+    with mlpdown.patch(model, **NATIVE):
+        model.train()
+        model(torch.tensor([[3]], device="cuda"), use_cache=False).logits.float().sum().backward()
+        model.eval()
+        with torch.no_grad():
+            model(torch.tensor([[3, 4]], device="cuda"), use_cache=False)
+        assert calls.take() == 0
+
+
+def test_model_moved_to_the_cpu_while_patched_with_auto(family: str) -> None:
+    model = make_model(family)
+    expected = step(model)
+    mlpdown.patch(model.cuda())
+    assert torch.equal(step(model.cpu()), expected)
+
+
+def test_e2e_command_in_every_mode(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    e2e.add_arguments(parser)
+    results = tmp_path / "e2e.json"
+    words = ["--size", "70m", "--tokens", "16,64", "--repeats", "2", "--weight-prefetch", "--json", str(results)]
+    assert e2e.main(parser.parse_args(words)) == 0
+    content = json.loads(results.read_text())
+    assert {row["mode"] for row in content["rows"]} == set(e2e.MODES)
+    assert content["not_run"] == []
