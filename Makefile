@@ -29,10 +29,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-wheel: $(VENV)/installed-wheel
+wheel: $(VENV)/installed
 	$(BIN)/python .ci/wheel.py --output-dir dist
 
-compat: $(VENV)/installed-wheel
+compat: $(VENV)/installed
 	$(BIN)/python .ci/compat.py --output-dir build/compat
 
 clean:
@@ -43,8 +43,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
-	touch $@
-
-$(VENV)/installed-wheel: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[wheel]'
 	touch $@

@@ -44,7 +44,9 @@ def build_wheel(output_folder: Path) -> Path:
     """
     info = library.build(targets.ALL_TARGETS, for_this_machine=False)
     if info.manifest.targets != targets.ALL_TARGETS:
-        raise BuildError(f"a wheel is for {', '.join(targets.ALL_TARGETS)}, this nvcc builds {', '.join(info.manifest.targets)} only")
+        raise BuildError(
+            f"a wheel is for {', '.join(targets.ALL_TARGETS)}, this nvcc builds {', '.join(info.manifest.targets)} only"
+        )
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(_source_date()), "PATH": _path_with_scripts()}
     with tempfile.TemporaryDirectory(prefix="mlpdown-wheel-") as folder:
         staged, plain, audited = Path(folder, "source"), Path(folder, "plain"), Path(folder, "audited")
@@ -52,7 +54,16 @@ def build_wheel(output_folder: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         subprocess.run([*pip, "--wheel-dir", str(plain), str(staged)], env=environment, check=True)
         exclusions = [option for name in EXCLUDED_LIBRARIES for option in ("--exclude", name)]
-        audit = [sys.executable, "-m", "auditwheel", "repair", *exclusions, "--wheel-dir", str(audited), *map(str, plain.glob("*.whl"))]
+        audit = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            *exclusions,
+            "--wheel-dir",
+            str(audited),
+            *map(str, plain.glob("*.whl")),
+        ]
         subprocess.run(audit, env=environment, check=True, stdout=subprocess.DEVNULL)
         (wheel,) = audited.glob("*.whl")
         output_folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +92,9 @@ def _source_date() -> int:
     """``SOURCE_DATE_EPOCH``, else when the commit was made."""
     if "SOURCE_DATE_EPOCH" in os.environ:
         return int(os.environ["SOURCE_DATE_EPOCH"])
-    log = subprocess.run(["git", "-C", str(ROOT), "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
+    log = subprocess.run(
+        ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False
+    )
     return int(log.stdout) if log.returncode == 0 else WITHOUT_HISTORY_EPOCH
 
 
