@@ -1,0 +1,98 @@
+"""Compiles the emulator and the kernel's source into a library, once for each content."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parents[1] / "native"
+
+FLAGS = (
+    "-std=c++20",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",  # fiber.h says why
+    "-fno-gnu-unique",  # several kernels in one process share nothing
+    "-ffp-contract=off",  # a sum that is not a fused multiply-add in the kernel is none here
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",  # unroll
+    "-Wno-missing-field-initializers",
+)
+MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "reports.cpp")
+
+
+def build(native: Path, instantiations: Iterable[tuple[int, int]], *, optimise: bool = True) -> Path:
+    """The library that emulates the kernel in the folder ``native``, for these pairs of cluster size and rows per warp.
+
+    ``optimise=False`` compiles the kernel in half the time and without warnings, for few and small launches.
+    """
+    listed = " ".join(
+        f"INSTANTIATION({cluster_size},{rows_per_warp})" for cluster_size, rows_per_warp in instantiations
+    )
+    kernel = _compile(
+        HERE / "launch.cpp", native, (f"-DMLPDOWN_INSTANTIATIONS={listed}", *(("-O2",) if optimise else ("-O0", "-w")))
+    )
+    objects = [kernel, *(_compile(HERE / source, NATIVE, ("-O2",)) for source in MACHINE_SOURCES)]
+    library = _cache() / f"{_digest(objects)}.so"
+    return _once(library, ("-shared", *map(str, objects)))
+
+
+def _compile(source: Path, native: Path, flags: tuple[str, ...]) -> Path:
+    headers = [*sorted(HERE.glob("*.h")), HERE / "ptx.cuh"]
+    if source.name == "launch.cpp":
+        headers += sorted(native.glob("*.h")) + sorted(path for path in native.glob("*.cuh") if path.name != "ptx.cuh")
+    target = _cache() / f"{_digest([source, *headers], flags)}.o"
+    # This folder comes first: its ptx.cuh takes the place of the native one.
+    return _once(target, ("-c", *flags, "-I", str(HERE), "-I", str(native), str(source)))
+
+
+def _once(target: Path, arguments: tuple[str, ...]) -> Path:
+    """Have the compiler make ``target`` unless it is there; other processes that want the same wait for the one that is at it."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            command = [_compiler(), *FLAGS, *arguments, "-o", str(unfinished)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\nfailed:\n{result.stderr[:4000]}")
+            os.replace(unfinished, target)
+    return target
+
+
+@functools.cache
+def _compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise RuntimeError("the emulator needs g++ on the PATH, and there is none")
+    return compiler
+
+
+@functools.cache
+def _compiler_version() -> bytes:
+    return subprocess.run([_compiler(), "--version"], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def _cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"mlpdown-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to somebody else")
+    return folder
+
+
+def _digest(files: list[Path], flags: tuple[str, ...] = ()) -> str:
+    digest = hashlib.sha256("\0".join(FLAGS + flags).encode() + _compiler_version())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:32]

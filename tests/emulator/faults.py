@@ -1,0 +1,154 @@
+"""Planted faults: the kernel with one place changed, and the check that is there to notice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """``old`` stands once in the kernel's source; with ``new`` in its place, ``check`` fails (``wrong bits``: the comparison)."""
+
+    name: str
+    check: str
+    old: str
+    new: str
+    weight_prefetch: bool = False
+    is_partial_sums: bool = False
+
+
+def changed(name: str, check: str, line: str, old: str, new: str, **options: bool) -> Fault:
+    """A fault within a longer ``line``, in which ``old`` stands once."""
+    assert line.count(old) == 1, (line, old)
+    return Fault(name, check, line, line.replace(old, new), **options)
+
+
+_INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);"
+_CLUSTER_ARRIVE = "  ptx::barrier_cluster_arrive_relaxed();\n"
+_CLUSTER_WAIT = "  ptx::barrier_cluster_wait();\n\n  // ---- Consumers ----"
+_EARLY_ARRIVAL = (
+    "  if (warp_idx == kEpilogueWarp && lane == 0) {\n"
+    "    ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize));\n"
+    "  }\n"
+)
+_WAIT_EMPTY = "ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);"
+_EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), num_rows * slice_bytes)"
+_ROW_COPY = "weight + (tile_first_row + lane) * problem.intermediate_dim + slice_first_vector * kVectorSize"
+_WAIT_ACTIVATION = "    ptx::mbarrier_wait(activation_barrier, 0);"
+_WAIT_FULL = "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);"
+_WAIT_SLOT = "if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);"
+_FOLD = "const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);"
+_RELEASE_STAGE = "        ptx::syncwarp();\n        if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));"
+_EPILOGUE_DEPENDENCE = "they may still be reading.\n  ptx::griddepcontrol_wait();"
+_EPILOGUE_LOOP = "for (uint32_t tile = 0; tile < num_tiles; ++tile) {\n    if (tile % tiles_per_window == 0) {"
+_EXPECT_SLOT = "if (lane == 0) ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
+_WAIT_PARTIALS = "ptx::mbarrier_wait_cluster(partials_full(slot.idx), slot.phase);"
+_STORE = "ptx::st_global(static_cast<uint16_t*>(problem.out) + row, "
+
+FAULTS = (
+    # Waits
+    Fault("consumers do not wait for the stage", "unfilled read", _WAIT_FULL, ""),
+    changed("consumers wait for the stage's other phase", "unordered read", _WAIT_FULL, "phase", "phase ^ 1"),
+    Fault("consumers do not wait for the activation", "unfilled read", _WAIT_ACTIVATION, ""),
+    Fault("consumers do not wait for the slot", "overwrite", _WAIT_SLOT, ""),
+    Fault("epilogue does not wait for the partial sums", "unwritten read", _WAIT_PARTIALS, ""),
+    changed("epilogue waits with the scope of its CTA", "unordered read", _WAIT_PARTIALS, "_cluster", ""),
+    Fault("a refill is issued one stage early", "overwrite", _WAIT_EMPTY, f"if (tile > num_first_tiles) {_WAIT_EMPTY}"),
+    changed("producer waits for the stage's other phase", "overwrite", _WAIT_EMPTY, " ^ 1", ""),
+    Fault(
+        "producer lanes do not meet after the wait", "deadlock", f"{_WAIT_EMPTY}\n      ptx::syncwarp();", _WAIT_EMPTY
+    ),
+    # Arrivals
+    Fault(
+        "a stage is released before all lanes have read it", "overwrite", _RELEASE_STAGE, _RELEASE_STAGE.split("\n")[1]
+    ),
+    changed("all lanes release the stage for their warp", "overwrite", _RELEASE_STAGE, "if (lane == 0) ", ""),
+    changed("a stage expects one item too many", "deadlock", _INIT_EMPTY, "items_per_tile", "items_per_tile + 1"),
+    changed("a stage expects one item too few", "overwrite", _INIT_EMPTY, "items_per_tile", "items_per_tile - 1"),
+    changed("two lanes arm the slot", "surplus arrival", _EXPECT_SLOT, "lane == 0", "lane < 2"),
+    # Bytes
+    changed("a stage expects 16 bytes too few", "surplus bytes", _EXPECT_STAGE, "slice_bytes", "slice_bytes - 16"),
+    changed("a stage expects 16 bytes too many", "missing bytes", _EXPECT_STAGE, "slice_bytes", "slice_bytes + 16"),
+    changed("a slot expects half of the bytes", "surplus bytes", _EXPECT_SLOT, "kNumSegments", "kNumSegments / 2"),
+    Fault("sums go to the wrong owner", "surplus bytes", "tile_row % kClusterSize;", "(tile_row + 1) % kClusterSize;"),
+    # Start and end
+    Fault(
+        "the last stage's barriers are not initialised",
+        "barrier not initialised",
+        "stage_idx < plan.num_stages; ++stage_idx",
+        "stage_idx + 1 < plan.num_stages; ++stage_idx",
+    ),
+    Fault("barriers are initialised without the fence", "barrier not visible", "    ptx::fence_mbarrier_init();\n", ""),
+    Fault("consumers do not wait for the cluster", "barrier not visible", _CLUSTER_WAIT, "  // ---- Consumers ----"),
+    Fault(
+        "a rank writes to another that may not have started",
+        "absent CTA",
+        _CLUSTER_WAIT,
+        _EARLY_ARRIVAL + _CLUSTER_WAIT,
+    ),
+    Fault("threads arrive twice at the cluster barrier", "cluster barrier", _CLUSTER_ARRIVE, _CLUSTER_ARRIVE * 2),
+    Fault("slots are released to ranks that may be gone", "absent CTA", "tile + kNumPartialSlots < num_tiles && ", ""),
+    changed("epilogue leaves one tile early", "early exit", _EPILOGUE_LOOP, "tile < num_tiles", "tile + 1 < num_tiles"),
+    # Warps
+    changed("one lane stays out of a shuffle", "divergence", _FOLD, "= ", "= lane == 31 ? 0.0f : "),
+    Fault(
+        "one lane leaves before its warp",
+        "absent lane",
+        _WAIT_ACTIVATION,
+        f"    if (lane == 31) return;\n{_WAIT_ACTIVATION}",
+    ),
+    Fault(
+        "the lanes of a warp reach two cluster barriers",
+        "divergence",
+        _CLUSTER_ARRIVE,
+        f"  if (lane == 0) {{\n{_CLUSTER_ARRIVE}  }} else {{\n{_CLUSTER_ARRIVE}  }}\n",
+    ),
+    # Addresses
+    changed("a copy takes the row below", "out of bounds", _ROW_COPY, "+ lane", "+ lane + 1"),
+    changed("a copy starts one element late", "misaligned", _ROW_COPY, "kVectorSize", "kVectorSize + 1"),
+    Fault(
+        "the ring begins one row late", "out of bounds", "smem + layout.ring +", "smem + layout.ring + slice_bytes +"
+    ),
+    Fault("the activation lands on the barriers", "barrier overwritten", "smem + layout.activation;", "smem;"),
+    Fault(
+        "a barrier is taken for an activation",
+        "barrier read",
+        "ptx::ld_shared(smem_activation +",
+        "ptx::ld_shared(smem +",
+    ),
+    changed("all rows go to one element", "second write", _STORE, "+ row", "+ first_row"),
+    changed(
+        "the result goes to an input",
+        "write to an input",
+        _STORE,
+        "problem.out",
+        "const_cast<void*>(problem.hidden_states)",
+    ),
+    Fault(
+        "a residual is read from the output",
+        "read of the output",
+        "load(problem.hidden_states, row)",
+        "load(problem.out, row)",
+    ),
+    # Dependent launch
+    Fault(
+        "producer prefetches without leave",
+        "early read",
+        "plan.weight_prefetch ? num_first_tiles : 0",
+        "num_first_tiles",
+    ),
+    Fault(
+        "producer reads the activation before the wait",
+        "early read",
+        "load_tile(tile);\n    ptx::griddepcontrol_wait();",
+        "load_tile(tile);",
+        weight_prefetch=True,
+    ),
+    Fault("epilogue reads before the wait", "early read", _EPILOGUE_DEPENDENCE, ""),
+    Fault("epilogue writes before the wait", "early write", _EPILOGUE_DEPENDENCE, "", is_partial_sums=True),
+    # Arithmetic
+    Fault(
+        "the bias is left out", "wrong bits", "if (problem.bias) total = ptx::add_rn(total, DType::to_float(bias));", ""
+    ),
+    Fault("a lane adds up in another order", "wrong bits", "ptx::add_rn(a[0], a[1])", "ptx::add_rn(a[0], a[4])"),
+)

@@ -1,0 +1,157 @@
+"""Launches of the emulated kernel, from NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mlpdown.plan import Plan
+
+from .build import NATIVE, build
+
+Bits = npt.NDArray[np.uint16]
+
+
+class ProtocolViolation(Exception):
+    """A check of the emulator failed. ``check`` is its name, the message says who, what and where."""
+
+    def __init__(self, check: str, report: str, seed: int) -> None:
+        super().__init__(f"{check}: {report} (seed {seed})")
+        self.check = check
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call as bits of ``dtype``; ``[hidden_dim]`` but for the two that are named after their shape."""
+
+    dtype: str
+    mlp_intermediate: Bits  # [intermediate_dim]
+    weight: Bits  # [hidden_dim, intermediate_dim]
+    hidden_states: Bits
+    attn_output: Bits | None
+    bias: Bits | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What one launch came to."""
+
+    num_switches: int
+    num_landings: int
+    num_phases: int
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (
+        ("num_switches", ctypes.c_uint64),
+        ("num_landings", ctypes.c_uint64),
+        ("num_phases", ctypes.c_uint64),
+        ("check", ctypes.c_char * 32),
+        ("report", ctypes.c_char * 8192),
+    )
+
+
+_C_TYPES = {
+    "const void*": ctypes.c_void_p,
+    "void*": ctypes.c_void_p,
+    "unsigned int": ctypes.c_uint,
+    "int": ctypes.c_int,
+}
+
+
+@functools.cache
+def _structure(name: str) -> type[ctypes.Structure]:
+    """A structure of problem.h, read from there."""
+    body = re.search(rf"struct {name} {{(.*?)}};", (NATIVE / "problem.h").read_text(), re.DOTALL)
+    assert body is not None, f"native/problem.h has no struct {name}"
+    code = re.sub(r"//[^\n]*", "", body[1])
+    members = re.findall(r"([\w ]+?[ *]+)(\w+);", code)
+    assert len(members) == code.count(";"), f"not all members of {name} were understood: {members}"
+    fields = [(member, _C_TYPES[c_type.strip()]) for c_type, member in members]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+class Kernel:
+    """The kernel in a folder of sources, built for a host; ``instantiations`` are pairs of cluster size and rows per warp."""
+
+    def __init__(
+        self, instantiations: Iterable[tuple[int, int]], native: Path = NATIVE, *, optimise: bool = True
+    ) -> None:
+        self._library = ctypes.CDLL(str(build(native, instantiations, optimise=optimise)))
+        for name in ("problem", "plan"):
+            size = ctypes.sizeof(_structure(f"MlpDown{name.capitalize()}"))
+            assert getattr(self._library, f"emulator_{name}_bytes")() == size
+        self._library.emulator_launch.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.c_void_p,
+        ]
+        self.widen_float16 = self._library.emulator_cvt_f32_f16
+        self.widen_float16.argtypes, self.widen_float16.restype = [ctypes.c_uint16], ctypes.c_float
+        self.round_once = {
+            "float16": self._library.emulator_cvt_rn_f16_f32,
+            "bfloat16": self._library.emulator_cvt_rn_bf16_f32,
+        }
+        for function in self.round_once.values():
+            function.argtypes, function.restype = [ctypes.c_float], ctypes.c_uint16
+
+    def launch(
+        self, inputs: Inputs, plan: Plan, *, num_clusters: int, seed: int, is_partial_sums: bool = False
+    ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.float32], Statistics]:
+        """Run one call under the schedule that ``seed`` stands for.
+
+        Returns ``out``, ``[hidden_dim]``, as bits, or as float32 for partial sums; and what it took.
+
+        Raises:
+            ProtocolViolation: a check failed.
+        """
+        hidden_dim, intermediate_dim = inputs.weight.shape
+        # Poisoned: NaN in every type.
+        out = (
+            np.full(hidden_dim, 0xFFFFFFFF, np.uint32).view(np.float32)
+            if is_partial_sums
+            else np.full(hidden_dim, 0xFFFF, np.uint16)
+        )
+        aligned = [_align(inputs.weight), _align(inputs.mlp_intermediate)]
+        problem = _structure("MlpDownProblem")(
+            hidden_states=inputs.hidden_states.ctypes.data,
+            attn_output=None if inputs.attn_output is None else inputs.attn_output.ctypes.data,
+            mlp_intermediate=aligned[1].ctypes.data,
+            weight=aligned[0].ctypes.data,
+            bias=None if inputs.bias is None else inputs.bias.ctypes.data,
+            out=out.ctypes.data,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            is_bfloat16=inputs.dtype == "bfloat16",
+            is_partial_sums=is_partial_sums,
+        )
+        members = dataclasses.asdict(plan)
+        c_plan = _structure("MlpDownPlan")(**members)
+        result = _Result()
+        if self._library.emulator_launch(
+            ctypes.byref(problem), ctypes.byref(c_plan), num_clusters, seed, ctypes.byref(result)
+        ):
+            raise ValueError(f"plan must be one of the instantiations that were built, got {plan}")
+        if result.check:
+            raise ProtocolViolation(result.check.decode(), result.report.decode(), seed)
+        return out, Statistics(result.num_switches, result.num_landings, result.num_phases)
+
+
+def _align(array: Bits) -> Bits:
+    """The array itself, or a copy that starts at a multiple of 16 bytes, as tensors of torch do."""
+    if array.ctypes.data % 16 == 0:
+        return array
+    memory = np.empty(array.size + 8, np.uint16)
+    first = -memory.ctypes.data % 16 // 2
+    copy = memory[first : first + array.size].reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -1,0 +1,160 @@
+// The primitives of native/ptx.cuh on an emulated machine. With this folder before native/ on the include path, a host compiler builds
+// the kernel as it stands. tests/emulator/__init__.py says what is modelled.
+#pragma once
+
+#include <primitives.h>
+
+#include <bit>
+#include <cmath>
+
+#define MLPDOWN_DEVICE inline
+#define MLPDOWN_KERNEL(max_threads) void
+#define MLPDOWN_PARAMETER const
+
+namespace emulator {
+
+// The nearest multiple, ties to even, of what the last of `digits` significant bits is worth, or of `smallest` below the normal range.
+inline double round_to_digits(double magnitude, int digits, double smallest) {
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const double unit = std::fmax(std::ldexp(1.0, exponent - digits), smallest);
+  return std::nearbyint(magnitude / unit) * unit;
+}
+
+}  // namespace emulator
+
+namespace ptx {
+
+using emulator::Where;
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+using SharedAddress = uint32_t;
+
+struct ClusterAddress {
+  uint32_t value;
+};
+
+// ---- Indices -------------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE uint32_t thread_idx() { return emulator::thread_idx(); }
+MLPDOWN_DEVICE uint32_t cta_rank_in_cluster() { return emulator::cta_rank_in_cluster(); }
+MLPDOWN_DEVICE uint32_t cluster_idx() { return emulator::cluster_idx(); }
+MLPDOWN_DEVICE uint32_t num_clusters() { return emulator::num_clusters(); }
+
+// ---- Warp ----------------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE float shfl_xor_sync(float value, uint32_t lane_mask, Where where = Where::current()) {
+  return std::bit_cast<float>(emulator::exchange_in_warp(std::bit_cast<uint32_t>(value), lane_mask, where));
+}
+MLPDOWN_DEVICE void syncwarp(Where where = Where::current()) { emulator::synchronise_warp(where); }
+
+// ---- Shared memory -------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE SharedAddress dynamic_shared_memory() { return emulator::shared_memory_base(); }
+
+MLPDOWN_DEVICE Vector ld_shared(SharedAddress address, Where where = Where::current()) {
+  Vector v;
+  emulator::load_shared(address, &v, sizeof v, where);
+  return v;
+}
+
+// ---- Global memory -------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE uint16_t ld_global(const uint16_t* address, Where where = Where::current()) {
+  uint16_t value;
+  emulator::load_global(address, &value, sizeof value, where);
+  return value;
+}
+
+MLPDOWN_DEVICE void st_global(uint16_t* address, uint16_t value, Where where = Where::current()) {
+  emulator::store_global(address, &value, sizeof value, where);
+}
+
+MLPDOWN_DEVICE void st_global(float* address, float value, Where where = Where::current()) {
+  emulator::store_global(address, &value, sizeof value, where);
+}
+
+// ---- mbarrier ------------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE void mbarrier_init(SharedAddress barrier, uint32_t num_arrivals, Where where = Where::current()) {
+  emulator::init_barrier(barrier, num_arrivals, where);
+}
+MLPDOWN_DEVICE void fence_mbarrier_init(Where where = Where::current()) { emulator::fence_barrier_init(where); }
+MLPDOWN_DEVICE void mbarrier_arrive(SharedAddress barrier, Where where = Where::current()) { emulator::arrive(barrier, where); }
+MLPDOWN_DEVICE void mbarrier_arrive_cluster(ClusterAddress barrier, Where where = Where::current()) {
+  emulator::arrive_remotely(barrier.value, where);
+}
+MLPDOWN_DEVICE void mbarrier_arrive_expect_tx(SharedAddress barrier, uint32_t tx_bytes, Where where = Where::current()) {
+  emulator::arrive_and_expect(barrier, tx_bytes, where);
+}
+MLPDOWN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity, Where where = Where::current()) {
+  emulator::wait(barrier, parity, emulator::Scope::kCta, where);
+}
+MLPDOWN_DEVICE void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity, Where where = Where::current()) {
+  emulator::wait(barrier, parity, emulator::Scope::kCluster, where);
+}
+
+// ---- Asynchronous copies and stores ----------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE void cp_async_bulk(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier,
+                                  Where where = Where::current()) {
+  emulator::copy_in_bulk(destination, source, num_bytes, barrier, where);
+}
+MLPDOWN_DEVICE ClusterAddress mapa(SharedAddress address, uint32_t cta_rank, Where where = Where::current()) {
+  return {emulator::map_to_rank(address, cta_rank, where)};
+}
+MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAddress barrier, Where where = Where::current()) {
+  emulator::store_asynchronously(destination.value, std::bit_cast<uint32_t>(value), barrier.value, where);
+}
+
+// ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE void barrier_cluster_arrive_relaxed(Where where = Where::current()) { emulator::arrive_at_cluster_barrier_relaxed(where); }
+MLPDOWN_DEVICE void barrier_cluster_wait(Where where = Where::current()) { emulator::wait_at_cluster_barrier(where); }
+
+// ---- Programmatic dependent launch -------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE void griddepcontrol_wait(Where where = Where::current()) { emulator::wait_for_earlier_grids(where); }
+
+// The next grid's own wait covers all that this one writes, whenever it was let in: nothing to check.
+MLPDOWN_DEVICE void griddepcontrol_launch_dependents() {}
+
+// ---- Arithmetic ------------------------------------------------------------------------------------------------------------------
+
+MLPDOWN_DEVICE float fma_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+MLPDOWN_DEVICE float add_rn(float a, float b) { return a + b; }
+
+MLPDOWN_DEVICE float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+MLPDOWN_DEVICE float cvt_f32_f16(uint16_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 31u;
+  const uint32_t fraction = bits & 0x3ffu;
+  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(fraction) * 0x1p-24f));
+  return std::bit_cast<float>(sign | (exponent == 31 ? 0xffu : exponent + 112u) << 23 | fraction << 13);
+}
+
+MLPDOWN_DEVICE float cvt_f32_bf16(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
+
+MLPDOWN_DEVICE uint16_t cvt_rn_f16_f32(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isinf(value)) return sign | 0x7c00;
+  const double rounded = emulator::round_to_digits(std::fabs(value), 11, 0x1p-24);
+  if (rounded > 65504.0) return sign | 0x7c00;
+  if (rounded < 0x1p-14) return static_cast<uint16_t>(sign | static_cast<uint32_t>(rounded * 0x1p24));
+  return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(static_cast<float>(rounded)) - (112u << 23)) >> 13);
+}
+
+MLPDOWN_DEVICE uint16_t cvt_rn_bf16_f32(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isinf(value)) return sign | 0x7f80;
+  const double rounded = emulator::round_to_digits(std::fabs(value), 8, 0x1p-133);
+  return static_cast<uint16_t>(sign | std::bit_cast<uint32_t>(static_cast<float>(rounded)) >> 16);
+}
+
+}  // namespace ptx

@@ -1,0 +1,176 @@
+"""The emulated kernel against the specification, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlpdown.plan import (
+    H200,
+    MAX_CONSUMER_WARPS,
+    MAX_STAGES,
+    NUM_SEGMENTS,
+    Plan,
+    check_plan,
+    choose_plan,
+    instantiations,
+)
+
+from .build import HERE, NATIVE
+from .cases import DTYPES, assert_same_bits, expected_bits, expected_partial_sums, make_inputs, widen
+from .launch import Inputs, Kernel
+
+# From one vector a row (all segments but one are empty) to more than one for each lane of a segment.
+SHAPES = [(1, 8), (5, 72), (19, 200), (37, 520), (11, 2568)]
+
+
+def some_plans(cluster_size: int, rows_per_warp: int, seed: int) -> list[Plan]:
+    """One plan of this instantiation for each shape, the rest of it drawn."""
+    random = np.random.default_rng([seed, cluster_size, rows_per_warp])
+    plans = []
+    for _ in SHAPES:
+        rows_per_stage, num_stages = int(random.integers(1, 12)), int(random.integers(1, 5))
+        # No more warps than the ring has items: one segment of rows_per_warp rows each.
+        num_items = num_stages * -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
+        num_consumer_warps = int(random.integers(1, min(4, num_items) + 1))
+        weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
+        plans.append(
+            Plan(
+                cluster_size,
+                rows_per_warp,
+                rows_per_stage,
+                num_stages,
+                num_consumer_warps,
+                weight_prefetch,
+                dependent_launch,
+            )
+        )
+    return plans
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cluster_size", "rows_per_warp"), instantiations())
+def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_warp: int, dtype: str) -> None:
+    for seed, ((hidden_dim, intermediate_dim), plan) in enumerate(
+        zip(SHAPES, some_plans(cluster_size, rows_per_warp, 1), strict=True)
+    ):
+        inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
+        out, _ = kernel.launch(inputs, plan, num_clusters=min(hidden_dim, 3), seed=seed)
+        assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("attn_output", [False, True])
+def test_optional_tensors(kernel: Kernel, attn_output: bool, bias: bool, dtype: str) -> None:
+    inputs = make_inputs(19, 200, dtype, 3, attn_output=attn_output, bias=bias)
+    for cluster_size in (1, 4):
+        out, _ = kernel.launch(inputs, Plan(cluster_size, 2, 4, 2, 3), num_clusters=2, seed=cluster_size)
+        assert_same_bits(out, expected_bits(inputs), f"cluster_size {cluster_size}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cluster_size", [1, 2, 4, 8])
+def test_partial_sums(kernel: Kernel, cluster_size: int, dtype: str) -> None:
+    inputs = make_inputs(19, 200, dtype, 4)
+    out, _ = kernel.launch(inputs, Plan(cluster_size, 1, 4, 2, 3), num_clusters=2, seed=0, is_partial_sums=True)
+    assert_same_bits(out, expected_partial_sums(inputs), f"cluster_size {cluster_size}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
+    """NaNs, infinities, subnormals and overflow, as they come in uniformly drawn bits."""
+    random = np.random.default_rng(5)
+    kinds: set[str] = set()
+    for seed in range(8):
+        # A few rows with few vectors: else every sum is a NaN.
+        drawn = {name: random.integers(0, 1 << 16, shape, np.uint16) for name, shape in _shapes(64, 8).items()}
+        drawn["weight"][:, 3:] = 0
+        drawn["mlp_intermediate"][3:] = 0
+        inputs = Inputs(dtype, **drawn)
+        out, _ = kernel.launch(inputs, Plan(2, 4, 4, 2, 2), num_clusters=1, seed=seed)
+        assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
+        values = widen(out, dtype)
+        kinds |= {"nan"} if np.isnan(values).any() else set()
+        kinds |= {"infinity"} if np.isinf(values).any() else set()
+        kinds |= {"finite"} if np.isfinite(values).any() else set()
+    assert kinds == {"nan", "infinity", "finite"}
+
+
+def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]]:
+    vectors = {name: (hidden_dim,) for name in ("hidden_states", "attn_output", "bias")}
+    return {"mlp_intermediate": (intermediate_dim,), "weight": (hidden_dim, intermediate_dim), **vectors}
+
+
+# What fits in an H200: the plan that is chosen for it, and one for each other cluster size.
+FULL_SIZE_PLANS = [
+    Plan(1, 1, 2, 4, 8),
+    Plan(2, 4, 4, 4, 8, weight_prefetch=True),
+    dataclasses.replace(choose_plan(2560, 10240, H200), weight_prefetch=True),
+    Plan(8, 4, 16, 5, 8),
+]
+
+
+@pytest.mark.parametrize("plan", FULL_SIZE_PLANS, ids=lambda plan: f"cluster_size={plan.cluster_size}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
+    check_plan(plan, 10240, H200)
+    inputs = make_inputs(2560, 10240, dtype, 6)
+    out, _ = kernel.launch(inputs, plan, num_clusters=120 // plan.cluster_size, seed=7)
+    assert_same_bits(out, expected_bits(inputs), str(plan))
+
+
+def test_most_stages_and_warps(kernel: Kernel) -> None:
+    inputs = make_inputs(150, 520, "float16", 8)
+    out, _ = kernel.launch(inputs, Plan(2, 2, 2, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
+    assert_same_bits(out, expected_bits(inputs), "most stages and warps")
+
+
+# ---- The emulator's own arithmetic, and its interface ---------------------------------------------------------------------------------
+
+
+def test_widening_is_exact(kernel: Kernel) -> None:
+    all_bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = all_bits.view(np.float16).astype(np.float32)
+    actual = np.array([kernel.widen_float16(int(bits)) for bits in all_bits], np.float32)
+    numbers = ~np.isnan(expected)
+    assert_same_bits(actual[numbers], expected[numbers], "float16 to float32")
+    assert np.isnan(actual[~numbers]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_to_nearest_even(kernel: Kernel, dtype: str) -> None:
+    random = np.random.default_rng(10)
+    # All 16-bit values, what lies halfway between each and the next, what lies just beside that, and values of any size.
+    exact = widen(np.arange(1 << 16, dtype=np.uint16), dtype)
+    exact = exact[np.isfinite(exact)]
+    with np.errstate(over="ignore"):
+        halfway = (exact[:-1].astype(np.float64) + exact[1:]).astype(np.float32) / np.float32(2)
+        beside = np.nextafter(halfway, np.float32(np.inf)), np.nextafter(halfway, np.float32(-np.inf))
+    values = np.concatenate([exact, halfway, *beside, random.integers(0, 1 << 32, 20000, np.uint32).view(np.float32)])
+    values = np.append(values[~np.isnan(values)], np.float32([np.inf, -np.inf]))[::7]
+    expected = torch.from_numpy(values).to(getattr(torch, dtype)).view(torch.uint16).numpy()
+    actual = np.array([kernel.round_once[dtype](value) for value in values], np.uint16)
+    assert_same_bits(actual, expected, dtype)
+    assert kernel.round_once[dtype](np.nan) == 0x7FFF
+
+
+def interface_of(header: Path) -> dict[str, list[str]]:
+    """The functions of a ptx.cuh by name, each with its result's and its parameters' types and names."""
+    code = re.sub(r"//[^\n]*", "", header.read_text())
+    functions: dict[str, list[str]] = {}
+    for result, name, parameters in re.findall(r"^MLPDOWN_DEVICE\s+(\w+)\s+(\w+)\(([^{]*)\)\s*{", code, re.MULTILINE):
+        parameters = re.sub(r",?\s*Where where = Where::current\(\)", "", parameters)
+        functions.setdefault(name, []).append(re.sub(r"\s+", " ", f"{result} ({parameters})"))
+    return functions
+
+
+def test_both_primitives_headers_have_the_same_interface() -> None:
+    native, emulated = interface_of(NATIVE / "ptx.cuh"), interface_of(HERE / "ptx.cuh")
+    assert len(native) > 20
+    assert emulated == native
