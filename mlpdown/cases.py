@@ -59,7 +59,14 @@ class Case:
 
     def without(self, *names: str) -> Case:
         """The same case with ``attn_output`` and/or ``bias`` absent."""
-        return dataclasses.replace(self, **{name: None for name in names})
+        return Case(
+            self.dtype,
+            self.hidden_states,
+            None if "attn_output" in names else self.attn_output,
+            self.mlp_intermediate,
+            self.weight,
+            None if "bias" in names else self.bias,
+        )
 
 
 def make_case(hidden_dim: int, intermediate_dim: int, dtype: str, kind: str = "ordinary", seed: int = 0, num_tokens: int = 1) -> Case:
