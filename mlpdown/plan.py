@@ -61,7 +61,8 @@ class Plan:
     num_stages: int
     """Stages of the ring, 1 to 16."""
     num_consumer_warps: int
-    """Warps that sum, 1 to 16, beside the producer and the epilogue warp."""
+    """Warps that sum, 1 to 16, beside the producer and the epilogue warp. A tile has ``ceil(rows_per_stage / rows_per_warp) * 8 /
+    cluster_size`` items of work; more warps than that share out several tiles at once, whose number must divide ``num_stages``."""
     weight_prefetch: bool = False
     """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
     dependent_launch: bool = True
@@ -93,6 +94,13 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
         if type(value) is not int or value not in values:
             expected = f"{values.start} to {values.stop - 1}" if isinstance(values, range) else f"one of {list(values)} (mlpdown.plan.{name.upper()}{'S' if name == 'cluster_size' else ''})"
             raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
+    items_per_tile = -(-plan.rows_per_stage // plan.rows_per_warp) * (NUM_SEGMENTS // plan.cluster_size)
+    tiles_at_once = -(-plan.num_consumer_warps // items_per_tile)
+    if tiles_at_once > 1 and (plan.num_consumer_warps % items_per_tile or plan.num_stages % tiles_at_once or _NUM_PARTIAL_SLOTS % tiles_at_once):
+        raise ValueError(
+            f"plan.num_consumer_warps must be at most the {items_per_tile} items of a tile (rows_per_stage / rows_per_warp rounded up, times "
+            f"8 / cluster_size), or a multiple of them that divides num_stages {plan.num_stages}, got {plan.num_consumer_warps}"
+        )
     needed = shared_memory_bytes(plan, intermediate_dim)
     if needed > device.shared_memory_per_block:
         raise ValueError(

@@ -108,6 +108,12 @@ int configure(const MlpDownProblem& problem, const MlpDownPlan& plan, const void
   }
   *kernel = find_kernel(problem, plan);
   if (*kernel == nullptr) return fail(error, error_size, "plan", "this cluster_size and rows_per_warp were not compiled in");
+  // A consumer warp that skipped a pass over the ring could mistake one phase of a barrier for the next but one.
+  const unsigned int items_per_tile = (plan.rows_per_stage + plan.rows_per_warp - 1) / plan.rows_per_warp * (kNumSegments / plan.cluster_size);
+  const unsigned int tiles_at_once = (plan.num_consumer_warps + items_per_tile - 1) / items_per_tile;
+  if (tiles_at_once > 1 && (plan.num_consumer_warps % items_per_tile != 0 || plan.num_stages % tiles_at_once != 0 || kNumPartialSlots % tiles_at_once != 0)) {
+    return fail(error, error_size, "plan", "num_consumer_warps beyond the items of a tile must be a multiple of them that divides num_stages");
+  }
   *shared_memory_bytes = SharedLayout(problem.intermediate_dim, plan.cluster_size, plan.rows_per_stage, plan.num_stages).total_bytes;
   if (prepare(*kernel, plan, *shared_memory_bytes, prepared, error, error_size) != 0) return 1;
   const unsigned int max_active_clusters = static_cast<unsigned int>(prepared->max_active_clusters);

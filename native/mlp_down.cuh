@@ -9,11 +9,11 @@
 //
 //   warp 0        producer   fills the ring: weight slices, one stage a tile; and the activation slice, once
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
-//   warps 2 ...   consumers  each takes a segment and kRowsPerWarp rows at a time
+//   warps 2 ...   consumers  each takes an item at a time: one segment of kRowsPerWarp rows of a tile
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
-//   empty_barriers[stage]     every consumer warp                 -> producer: the stage may be overwritten
+//   empty_barriers[stage]     a consumer warp for every item      -> producer: the stage may be overwritten
 //   activation_barrier        producer, 1 + the slice's bytes     -> consumers
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
 //   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
@@ -45,10 +45,34 @@ struct RingPosition {
   }
 };
 
+// Steps 3 and 4 for kBatch vectors of a lane, `vector` and every 32nd after it, of kRows rows. All loads come first: with few warps on an
+// SM, a warp has to hide the latency of shared memory by itself.
+template <class DType, uint32_t kRows, uint32_t kBatch>
+MLPDOWN_DEVICE void accumulate_batch(ptx::SharedAddress smem_activation, const ptx::SharedAddress (&weight_rows)[kRows], uint32_t vector,
+                                     float (&accumulators)[kRows][kVectorSize]) {
+  ptx::Vector activations[kBatch];
+  ptx::Vector weights[kRows][kBatch];
+#pragma unroll
+  for (uint32_t i = 0; i < kBatch; ++i) {
+    const uint32_t offset = (vector + i * kNumLanes) * kVectorBytes;
+    activations[i] = ptx::ld_shared(smem_activation + offset);
+#pragma unroll
+    for (uint32_t row = 0; row < kRows; ++row) weights[row][i] = ptx::ld_shared(weight_rows[row] + offset);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kBatch; ++i) {
+    float activation[kVectorSize];
+    unpack<DType>(activations[i], activation);
+#pragma unroll
+    for (uint32_t row = 0; row < kRows; ++row) accumulate<DType>(weights[row][i], activation, accumulators[row]);
+  }
+}
+
 template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
 MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
   // ---- Sizes ----
   constexpr uint32_t kSegmentsPerCta = kNumSegments / kClusterSize;
+  constexpr uint32_t kVectorsInFlight = kRowsPerWarp == 4 ? 3 : 5;  // of each row: as many as the registers hold
   const uint32_t warp_idx = ptx::thread_idx() / kNumLanes;
   const uint32_t lane = ptx::thread_idx() % kNumLanes;
   const uint32_t cta_rank_in_cluster = ptx::cta_rank_in_cluster();
@@ -62,6 +86,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   // Balanced rows: the clusters' shares differ by one row at most.
   const uint32_t first_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * ptx::cluster_idx() / ptx::num_clusters());
   const uint32_t end_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * (ptx::cluster_idx() + 1) / ptx::num_clusters());
+  const uint32_t items_per_tile = (plan.rows_per_stage + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
   const uint32_t num_owners = plan.rows_per_stage < kClusterSize ? plan.rows_per_stage : kClusterSize;
   const uint32_t num_tiles = (end_row - first_row + plan.rows_per_stage - 1) / plan.rows_per_stage;
   const auto rows_in_tile = [&](uint32_t tile) {
@@ -90,7 +115,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   if (warp_idx == kProducerWarp && lane == 0) {
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
       ptx::mbarrier_init(full_barriers(stage_idx), 1);
-      ptx::mbarrier_init(empty_barriers(stage_idx), plan.num_consumer_warps);
+      ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);
     }
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
       ptx::mbarrier_init(partials_full(slot_idx), 1);
@@ -153,23 +178,17 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   // ---- Consumers ----
   if (warp_idx >= kFirstConsumerWarp) {
     ptx::mbarrier_wait(activation_barrier, 0);
+    // The items of all tiles, one after the other, are dealt to the warps: those that have finished a tile go on to the next.
+    uint32_t item = warp_idx - kFirstConsumerWarp;
     RingPosition stage;
     RingPosition slot;
-    const auto release_stage = [&] {
-      ptx::syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
-    };
     for (uint32_t tile = 0; tile < num_tiles; ++tile) {
       const uint32_t num_rows = rows_in_tile(tile);
       const uint32_t num_items = (num_rows + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
-      ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
-      if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);
-
-      const uint32_t first_item = warp_idx - kFirstConsumerWarp;
-      if (first_item >= num_items) release_stage();
-      for (uint32_t item = first_item; item < num_items; item += plan.num_consumer_warps) {
+      for (; item < num_items; item += plan.num_consumer_warps) {
         const uint32_t segment = item % kSegmentsPerCta;
         const uint32_t item_first_row = item / kSegmentsPerCta * kRowsPerWarp;
+        ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
         const uint32_t first_vector = segments.first_vector(first_segment + segment) - slice_first_vector;
         const uint32_t end_vector = segments.first_vector(first_segment + segment + 1) - slice_first_vector;
         ptx::SharedAddress weight_rows[kRowsPerWarp];
@@ -182,18 +201,17 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
 #pragma unroll
           for (uint32_t j = 0; j < kVectorSize; ++j) accumulators[row][j] = 0.0f;
         }
-#pragma unroll 4
-        for (uint32_t vector = first_vector + lane; vector < end_vector; vector += kNumLanes) {
-          float activation[kVectorSize];
-          unpack<DType>(ptx::ld_shared(smem_activation + vector * kVectorBytes), activation);
-#pragma unroll
-          for (uint32_t row = 0; row < kRowsPerWarp; ++row) {
-            accumulate<DType>(ptx::ld_shared(weight_rows[row] + vector * kVectorBytes), activation, accumulators[row]);
-          }
+        uint32_t vector = first_vector + lane;
+        for (; vector + (kVectorsInFlight - 1) * kNumLanes < end_vector; vector += kVectorsInFlight * kNumLanes) {
+          accumulate_batch<DType, kRowsPerWarp, kVectorsInFlight>(smem_activation, weight_rows, vector, accumulators);
+        }
+        for (; vector < end_vector; vector += kNumLanes) {
+          accumulate_batch<DType, kRowsPerWarp, 1>(smem_activation, weight_rows, vector, accumulators);
         }
 
-        // All that this warp wants of the stage is in registers.
-        if (item + plan.num_consumer_warps >= num_items) release_stage();
+        // All that this item wants of the stage is in registers.
+        ptx::syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
 
         float sums[kRowsPerWarp];
 #pragma unroll
@@ -201,6 +219,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
         const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);
 
         // Segment sums meet: to the owner of the row, 4 bytes at its partials_full.
+        if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);
         const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
         if (lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows) {
           const uint32_t owner = tile_row % kClusterSize;
@@ -208,6 +227,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
                         ptx::mapa(partials_full(slot.idx), owner));
         }
       }
+      item -= items_per_tile;  // as num_items, but for the last tile, after which no one asks
       stage.advance(plan.num_stages);
       slot.advance(kNumPartialSlots);
     }
