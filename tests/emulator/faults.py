@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +16,10 @@ class Fault:
     new: str
     weight_prefetch: bool = False
     is_partial_sums: bool = False
+    cluster_size: int = 4
 
 
-def changed(name: str, check: str, line: str, old: str, new: str, **options: bool) -> Fault:
+def changed(name: str, check: str, line: str, old: str, new: str, **options: Any) -> Fault:
     """A fault within a longer ``line``, in which ``old`` stands once."""
     assert line.count(old) == 1, (line, old)
     return Fault(name, check, line, line.replace(old, new), **options)
@@ -89,6 +91,13 @@ FAULTS = (
     Fault("threads arrive twice at the cluster barrier", "cluster barrier", _CLUSTER_ARRIVE, _CLUSTER_ARRIVE * 2),
     Fault("slots are released to ranks that may be gone", "absent CTA", "tile + kNumPartialSlots < num_tiles && ", ""),
     changed("epilogue leaves one tile early", "early exit", _EPILOGUE_LOOP, "tile < num_tiles", "tile + 1 < num_tiles"),
+    Fault(
+        "producer of a lone CTA does not wait for the cluster",
+        "deadlock",
+        "    ptx::barrier_cluster_wait();\n    for (",
+        "    for (",
+        cluster_size=1,
+    ),
     # Warps
     changed("one lane stays out of a shuffle", "divergence", _FOLD, "= ", "= lane == 31 ? 0.0f : "),
     Fault(
@@ -113,8 +122,8 @@ FAULTS = (
     Fault(
         "a barrier is taken for an activation",
         "barrier read",
-        "ptx::ld_shared(smem_activation +",
-        "ptx::ld_shared(smem +",
+        "ptx::ld_shared(smem_activation + offset)",
+        "ptx::ld_shared(ptx::dynamic_shared_memory())",
     ),
     changed("all rows go to one element", "second write", _STORE, "+ row", "+ first_row"),
     changed(

@@ -24,7 +24,7 @@ void run_current_thread() {
       fail("absent lane", thread, thread.warp->where, std::string("the lane has left, its warp waits for it in ") + thread.warp->operation);
     }
     GroupBarrier& barrier = cluster.barrier;
-    const bool has_arrived = thread.cluster_barrier_generation == barrier.generation;
+    const bool has_arrived = thread.cluster_barrier_generation == barrier.generation && !cluster.is_arrival_part_of_wait;
     has_arrived ? ++barrier.num_left_since_arrival : --barrier.num_threads;
     complete_if_all_arrived(barrier);
     --cluster.num_alive;

@@ -35,8 +35,8 @@ def some_plans(cluster_size: int, rows_per_warp: int, seed: int) -> list[Plan]:
     plans = []
     for _ in SHAPES:
         rows_per_stage, num_stages = int(random.integers(1, 12)), int(random.integers(1, 5))
-        # No more warps than the ring has items: one segment of rows_per_warp rows each.
-        num_items = num_stages * -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
+        # No more warps than a stage has items: one segment of rows_per_warp rows each.
+        num_items = -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
         num_consumer_warps = int(random.integers(1, min(4, num_items) + 1))
         weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
         plans.append(
@@ -112,7 +112,7 @@ FULL_SIZE_PLANS = [
     Plan(1, 1, 2, 4, 8),
     Plan(2, 4, 4, 4, 8, weight_prefetch=True),
     dataclasses.replace(choose_plan(2560, 10240, H200), weight_prefetch=True),
-    Plan(8, 4, 16, 5, 8),
+    Plan(8, 2, 16, 5, 8),
 ]
 
 
@@ -127,7 +127,7 @@ def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
 
 def test_most_stages_and_warps(kernel: Kernel) -> None:
     inputs = make_inputs(150, 520, "float16", 8)
-    out, _ = kernel.launch(inputs, Plan(2, 2, 2, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
+    out, _ = kernel.launch(inputs, Plan(2, 1, 4, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
     assert_same_bits(out, expected_bits(inputs), "most stages and warps")
 
 

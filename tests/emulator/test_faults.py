@@ -30,7 +30,7 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
     assert len(places) == 1, f"the text to change stands in {places}: bring faults.py up to the kernel"
     places[0].write_text(places[0].read_text().replace(fault.old, fault.new))
 
-    kernel = Kernel([(PLAN.cluster_size, PLAN.rows_per_warp)], native, optimise=False)
+    kernel = Kernel([(fault.cluster_size, PLAN.rows_per_warp)], native, optimise=False)
     caught: dict[str, str] = {}
     for seed in range(NUM_SCHEDULES):
         check, report = _what_fails(kernel, fault, seed)
@@ -43,7 +43,7 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
 
 
 def _what_fails(kernel: Kernel, fault: Fault, seed: int) -> tuple[str, str]:
-    plan = dataclasses.replace(PLAN, weight_prefetch=fault.weight_prefetch)
+    plan = dataclasses.replace(PLAN, cluster_size=fault.cluster_size, weight_prefetch=fault.weight_prefetch)
     try:
         out, _ = kernel.launch(INPUTS, plan, num_clusters=1, seed=seed, is_partial_sums=fault.is_partial_sums)
     except ProtocolViolation as violation:

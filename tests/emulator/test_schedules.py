@@ -33,9 +33,13 @@ def _cases() -> list[Case]:
         for cluster_size in CLUSTER_SIZES:
             # Rows that do not fill the last tile, segments that do not fill the last lanes; two clusters where that is cheap.
             num_clusters = 1 if cluster_size == 8 else 2
-            cases.append(Case(Plan(cluster_size, 2, 3, 2, 3), num_clusters * 22, 200, num_clusters, dtype))
+            cases.append(
+                Case(
+                    Plan(cluster_size, 2, 3, 2, min(3, 16 // cluster_size)), num_clusters * 22, 200, num_clusters, dtype
+                )
+            )
             # A row a tile, so that most ranks own none, and the slots for partial sums wrap too; empty segments.
-            cases.append(Case(Plan(cluster_size, 1, 1, 3, 2), 35, 72, 1, dtype))
+            cases.append(Case(Plan(cluster_size, 1, 1, 3, min(2, 8 // cluster_size)), 35, 72, 1, dtype))
     return cases
 
 
