@@ -36,7 +36,8 @@ def bits_to_float64(bits: npt.NDArray[np.uint16], dtype: str) -> Float64Array:
     """The values that 16-bit patterns of ``dtype`` stand for."""
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def float64_result(case: Case) -> Float64Array:

@@ -194,7 +194,7 @@ def _median_seconds(call: Callable[[], torch.Tensor], device: torch.device) -> f
 
 
 def _table(title: str, results: list[Result]) -> Table:
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("dtype", "inputs", "backend", "device"):
         table.add_column(heading, no_wrap=True)
     for heading in ("wrong\nbits", "ULPs off\nat most", "on\naverage", "time\n(ms)"):
