@@ -24,6 +24,7 @@ from mlpdown.bench.e2e_report import Report, Row
 MODES = ("loop", "graph", "compile", "eager")
 PROMPT_LENGTH = 8
 NUM_CHECKED_TOKENS = 32
+CACHE_GRANULARITY = 16
 # Attention reads all of a static cache, and who asks for few tokens gets a small one: lengths up to this have a cache of their own.
 SHORT_TOKENS = 256
 # A run is repeated only while its mode has taken less than this, so that every mode gets its turn.
@@ -85,7 +86,7 @@ class Benchmark:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from rich.console import Console
 
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else 140)
         self.begin = time.perf_counter()
         self.arguments = arguments
         self.device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -104,7 +105,7 @@ class Benchmark:
         self.lengths: list[int] = sorted(
             arguments.tokens or [2**power for power in range(4, 12 if self.on_cuda else 7)]
         )
-        self.max_length = PROMPT_LENGTH + max(*self.lengths, NUM_CHECKED_TOKENS) + 1
+        self.max_length = positions(self.lengths)
         self.settings = {"backend": arguments.backend, "weight_prefetch": arguments.weight_prefetch}
         dtype = getattr(torch, arguments.dtype)
         if arguments.model:
@@ -154,9 +155,7 @@ class Benchmark:
                 self.leave_out(f"{what}: {max(left, 0.0):.0f} s are left of --seconds{building}")
                 continue
             begin = time.perf_counter()
-            cache_length = (
-                PROMPT_LENGTH + max(*lengths, NUM_CHECKED_TOKENS) + 1 if mode in ("graph", "compile") else None
-            )
+            cache_length = positions(lengths) if mode in ("graph", "compile") else None
             decoders = self.build(mode, cache_length)
             seconds_to_build[mode] = time.perf_counter() - begin
             self.measure(mode, lengths, cache_length, *decoders)
@@ -292,6 +291,12 @@ class Benchmark:
             self.report.write_json(self.arguments.json)
         if self.arguments.plot and self.report.rows:
             self.report.write_plot(self.arguments.plot)
+
+
+def positions(lengths: list[int]) -> int:
+    """Positions of a cache for the prompt and the longest of ``lengths``, rounded up to what fast attention kernels like."""
+    needed = PROMPT_LENGTH + max(*lengths, NUM_CHECKED_TOKENS) + 1
+    return -(-needed // CACHE_GRANULARITY) * CACHE_GRANULARITY
 
 
 def _positive(text: str) -> int:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
-import platform
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from mlpdown.bench import machine
 from mlpdown.bench.e2e_check import LogitsCheck, TokensCheck
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass
@@ -66,8 +66,8 @@ class Report:
         """All runs, checks and what they ran on. Times are in milliseconds."""
         content = {
             "benchmark": "e2e",
-            "command": ["mlpdown", *sys.argv[1:]],
-            "environment": environment(),
+            "schema_version": SCHEMA_VERSION,
+            "machine": {**machine.describe(), "transformers": importlib.metadata.version("transformers")},
             **{
                 field.name: getattr(self, field.name)
                 for field in dataclasses.fields(self)
@@ -109,25 +109,6 @@ class Report:
         axes.set_title(f"{self.model}, {self.dtype}, {self.device}", fontsize="medium")
         axes.legend(fontsize="small")
         figure.savefig(path)
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions."""
-    import mlpdown
-
-    modules: dict[str, Any] = {
-        name: sys.modules[name].__version__ for name in ("transformers", "triton") if name in sys.modules
-    }
-    on_cuda = torch.cuda.is_available()
-    return {
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "mlpdown": mlpdown.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if on_cuda else None,
-        **modules,
-    }
 
 
 def _spread(milliseconds: list[float]) -> str:
