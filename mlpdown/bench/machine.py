@@ -1,0 +1,83 @@
+"""What a measurement was made on: hardware, versions, clocks, commit, command."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlpdown
+
+_QUESTION_SECONDS = 10
+_SMI_FIELDS = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock_mhz",
+    "clocks.mem": "memory_clock_mhz",
+    "clocks.max.sm": "max_sm_clock_mhz",
+    "clocks.max.mem": "max_memory_clock_mhz",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+    "ecc.mode.current": "ecc",
+}
+
+
+def describe() -> dict[str, Any]:
+    """Plain values for a JSON file. What this machine does not have or does not say is None."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "mlpdown": mlpdown.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts.update(
+            gpu=properties.name,
+            compute_capability=f"{properties.major}.{properties.minor}",
+            num_sms=properties.multi_processor_count,
+            l2_bytes=properties.L2_cache_size,
+            memory_bytes=properties.total_memory,
+            **_ask_smi(),
+        )
+    return facts
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` if files differ from it; None outside of a checkout."""
+    folder = Path(mlpdown.__file__).parent.parent
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    described = _ask(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+    return described or None
+
+
+def _ask_smi() -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits", f"--id={_smi_id()}"]
+    values = [value.strip() for value in _ask(query).split(",")]
+    return dict(zip(_SMI_FIELDS.values(), values, strict=True)) if len(values) == len(_SMI_FIELDS) else {}
+
+
+def _smi_id() -> str:
+    # nvidia-smi counts all GPUs, torch only those it may see.
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _ask(command: list[str]) -> str:
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return process.stdout.strip() if process.returncode == 0 else ""

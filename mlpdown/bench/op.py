@@ -1,0 +1,200 @@
+"""``mlpdown bench op``: the op against its memory floor, a kernel that only reads, and PyTorch; checked before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import mlpdown
+
+from ..build import BuildError
+from . import machine, plans
+from .chain import CheckError
+from .measure import Settings, measure, steady_read
+from .results import Report, Result, median
+from .shapes import PYTHIA_2B8, Shape, parse_shapes
+from .tables import detail_table, summary_table
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# What an H200's own yardsticks must say before its figures count: it is not shared, throttled or otherwise slow.
+H200_STEADY_TB_PER_S = 4.4
+H200_READ_ONLY_US = 13.6
+H200_TORCH_US = 23.0
+MAX_DETAILED = 4
+LOG_COLUMNS = 180  # a file has no edge
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mlpdown bench op``."""
+    parser.add_argument("--shapes", default=PYTHIA_2B8.name, help="names or HIDDENxINTERMEDIATE, with commas, or all (pythia-2.8b)")
+    parser.add_argument("--dtypes", default="float16,bfloat16", help="with commas (float16,bfloat16)")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of each candidate (30)")
+    parser.add_argument("--calls", type=int, help="calls of a chain (32, or more until their weights exceed L2 three times)")
+    parser.add_argument(
+        "--compile", choices=("first", "all", "none"), default="first", help="shapes at which torch.compile is measured (the first)"
+    )
+    parser.add_argument("--compile-seconds", type=float, default=45.0, help="time for all of torch.compile's compilations (45)")
+    parser.add_argument("--plans", action="store_true", help="instead, time a grid of plans of the native kernel at each shape")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample and what it was made on")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure and print. Returns 0, 1 if a candidate computes something wrong, 2 for arguments that cannot be served here."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_COLUMNS)
+    try:
+        shapes = parse_shapes(arguments.shapes)
+        dtypes = [DTYPES[name] for name in arguments.dtypes.split(",")]
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        if arguments.rounds < 1 or (arguments.calls is not None and arguments.calls < 1):
+            raise ValueError(f"--rounds and --calls must be positive, got {arguments.rounds}, {arguments.calls}")
+        if arguments.plans:
+            status = mlpdown.backends()["native"]
+            if device.type != "cuda" or not status.available:
+                raise ValueError(f"--plans needs the native kernel: {status.reason}")
+    except KeyError as error:
+        return _refuse(f"dtype must be one of {', '.join(DTYPES)}, got {error}")
+    except (ValueError, RuntimeError) as error:
+        return _refuse(str(error))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn only between measurements: a thread that draws would take its time from the host.
+    with torch.no_grad(), Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        try:
+            if arguments.plans:
+                report = _sweep(arguments, shapes, dtypes, device, progress, console)
+            else:
+                report = _measure(arguments, shapes, dtypes, device, progress)
+        except (CheckError, BuildError) as error:
+            print(f"mlpdown bench op: {error}", file=sys.stderr)
+            return 1
+    if arguments.json is not None:
+        report.write(arguments.json)
+    if not arguments.plans:
+        _print(report, arguments.rounds, console)
+    if arguments.plot is not None:
+        from .plot import write_plot
+
+        write_plot(report, arguments.plot)
+    return 0
+
+
+def _measure(
+    arguments: argparse.Namespace, shapes: list[Shape], dtypes: list[torch.dtype], device: torch.device, progress: Progress
+) -> Report:
+    report = Report(machine.describe())
+    task = progress.add_task("steady read", total=len(shapes) * len(dtypes))
+    if device.type == "cuda":
+        progress.refresh()
+        report.steady_read = {"tb_per_s": steady_read(device)}
+        torch.cuda.empty_cache()
+    settings = Settings(
+        num_rounds=arguments.rounds,
+        num_calls=arguments.calls,
+        seed=arguments.seed,
+        compile_deadline=time.monotonic() + arguments.compile_seconds,
+        compile=False,
+        progress=lambda text: None,
+    )
+    for shape in shapes:
+        for dtype in dtypes:
+            label = f"{shape} {str(dtype).removeprefix('torch.')}"
+            settings.progress = lambda text, label=label: progress.update(task, description=f"{label}: {text}", refresh=True)  # type: ignore[misc]
+            settings.compile = arguments.compile == "all" or (arguments.compile == "first" and shape == shapes[0])
+            result = measure(shape, dtype, device, settings)
+            if report.steady_read is not None:
+                result.floor_us = shape.weight_bytes / median(report.steady_read["tb_per_s"]) / 1e6
+            report.results.append(result)
+            progress.advance(task)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    report.validity = validity(report)
+    return report
+
+
+def _sweep(
+    arguments: argparse.Namespace,
+    shapes: list[Shape],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+    progress: Progress,
+    console: Console,
+) -> Report:
+    report = Report(machine.describe(), plans=[])
+    assert report.plans is not None
+    task = progress.add_task("plans", total=len(shapes) * len(dtypes))
+    for shape in shapes:
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+
+            def tell(text: str, label: str = f"{shape} {name}") -> None:
+                progress.update(task, description=f"{label}: {text}", refresh=True)
+
+            rows = plans.sweep(shape, dtype, device, arguments.calls, arguments.seed, tell)
+            measured = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim, "dtype": name}
+            report.plans += [{**measured, **row} for row in rows]
+            console.print(plans.table(rows, f"{shape} {name}: median microseconds a call, fastest chained first; * fastest isolated"))
+            progress.advance(task)
+            torch.cuda.empty_cache()
+    return report
+
+
+def validity(report: Report) -> dict[str, object]:
+    """Whether this machine's yardsticks are what they should be, where that is known: on an H200, at Pythia-2.8B's shape in float16."""
+    gpu = report.machine["gpu"]
+    if report.steady_read is None or gpu is None or "H200" not in gpu:
+        return {"valid": None, "reasons": [f"no yardsticks are known for {gpu or 'a machine without a GPU'}"]}
+    reasons = []
+    steady = median(report.steady_read["tb_per_s"])
+    if steady < H200_STEADY_TB_PER_S:
+        reasons.append(f"steady read {steady:.2f} TB/s, should be at least {H200_STEADY_TB_PER_S}")
+    size = PYTHIA_2B8.hidden_dim, PYTHIA_2B8.intermediate_dim
+    rows = [row for row in report.results if (row.hidden_dim, row.intermediate_dim) == size and row.dtype == "float16"]
+    if not rows:
+        return {"valid": False if reasons else None, "reasons": reasons or [f"{PYTHIA_2B8} in float16 was not measured"]}
+    for name, limit in (("read_only", H200_READ_ONLY_US), ("torch_graph", H200_TORCH_US)):
+        value = rows[0].median(name)
+        if value is None or value > limit:
+            reasons.append(f"{name} {'not measured' if value is None else f'{value:.2f} us'}, should be at most {limit}")
+    return {"valid": not reasons, "reasons": reasons}
+
+
+def _print(report: Report, num_rounds: int, console: Console) -> None:
+    if report.steady_read is not None:
+        console.print(f"{report.machine['gpu']}: steady read {median(report.steady_read['tb_per_s']):.2f} TB/s", highlight=False)
+    for result in report.results[: MAX_DETAILED if len(report.results) <= MAX_DETAILED else len(DTYPES)]:
+        console.print(detail_table(result, num_rounds))
+    if report.steady_read is not None:
+        console.print(summary_table(report))
+    for reason in _reasons(report.results):
+        console.print(f"not measured: {reason}", highlight=False, markup=False, soft_wrap=True)
+    verdict = {True: "yes", False: "NO", None: "not known"}[report.validity["valid"]]
+    console.print(f"valid run: {verdict} {'; '.join(report.validity['reasons'])}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _reasons(results: list[Result]) -> list[str]:
+    """Each reason once, with the shapes it holds for."""
+    labels: dict[str, list[str]] = {}
+    for result in results:
+        for name, reason in result.missing.items():
+            labels.setdefault(f"{name}: {reason}", []).append(result.label)
+    return [f"{text} ({labels[text][0]}{f' and {len(labels[text]) - 1} more' if len(labels[text]) > 1 else ''})" for text in labels]
+
+
+def _refuse(message: str) -> int:
+    print(f"mlpdown bench op: {message}", file=sys.stderr)
+    return 2
