@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -240,10 +238,6 @@ def _keep_log(folder: Path, log: str) -> str:
 def _register(path: Path) -> None:
     import torch
 
-    # The op looks up torch's current CUDA stream, which lies in a library that torch loads for itself alone: let it be seen.
-    cuda_library = Path(torch.__path__[0]) / "lib" / "libtorch_cuda.so"
-    if cuda_library.is_file():
-        ctypes.CDLL(str(cuda_library), mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD | os.RTLD_LAZY)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
