@@ -41,7 +41,7 @@ def build(native: Path, instantiations: Iterable[tuple[int, int]], *, optimise: 
     kernel = _compile(
         HERE / "launch.cpp", native, (f"-DMLPDOWN_INSTANTIATIONS={listed}", *(("-O2",) if optimise else ("-O0", "-w")))
     )
-    objects = [kernel, *(_compile(HERE / source, NATIVE, ("-O2",)) for source in MACHINE_SOURCES)]
+    objects = [kernel, *(_compile(HERE / source, NATIVE, ("-O3",)) for source in MACHINE_SOURCES)]
     library = _cache() / f"{_digest(objects)}.so"
     return _once(library, ("-shared", *map(str, objects)))
 

@@ -25,7 +25,7 @@ def changed(name: str, check: str, line: str, old: str, new: str, **options: Any
     return Fault(name, check, line, line.replace(old, new), **options)
 
 
-_INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);"
+_INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(lane), items_per_tile);"
 _CLUSTER_ARRIVE = "  ptx::barrier_cluster_arrive_relaxed();\n"
 _CLUSTER_WAIT = "  ptx::barrier_cluster_wait();\n\n  // ---- Consumers ----"
 _EARLY_ARRIVAL = (
@@ -38,13 +38,16 @@ _EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), num_ro
 _ROW_COPY = "weight + (tile_first_row + lane) * problem.intermediate_dim + slice_first_vector * kVectorSize"
 _WAIT_ACTIVATION = "    ptx::mbarrier_wait(activation_barrier, 0);"
 _WAIT_FULL = "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);"
-_WAIT_SLOT = "if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);"
+_WAIT_SLOT = "if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);"
 _FOLD = "const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);"
 _RELEASE_STAGE = "        ptx::syncwarp();\n        if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));"
 _EPILOGUE_DEPENDENCE = "they may still be reading.\n  ptx::griddepcontrol_wait();"
 _EPILOGUE_LOOP = "for (uint32_t tile = 0; tile < num_tiles; ++tile) {\n    if (tile % tiles_per_window == 0) {"
-_EXPECT_SLOT = "if (lane == 0) ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
-_WAIT_PARTIALS = "ptx::mbarrier_wait_cluster(partials_full(slot.idx), slot.phase);"
+_EXPECT_SLOT = (
+    "if (kClusterSize > 1 && lane == 0) {\n"
+    "      ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
+)
+_WAIT_PARTIALS = "wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);"
 _STORE = "ptx::st_global(static_cast<uint16_t*>(problem.out) + row, "
 
 FAULTS = (
@@ -54,7 +57,13 @@ FAULTS = (
     Fault("consumers do not wait for the activation", "unfilled read", _WAIT_ACTIVATION, ""),
     Fault("consumers do not wait for the slot", "overwrite", _WAIT_SLOT, ""),
     Fault("epilogue does not wait for the partial sums", "unwritten read", _WAIT_PARTIALS, ""),
-    changed("epilogue waits with the scope of its CTA", "unordered read", _WAIT_PARTIALS, "_cluster", ""),
+    changed(
+        "epilogue waits with the scope of its CTA",
+        "unordered read",
+        _WAIT_PARTIALS,
+        "wait_for_cluster<kClusterSize>",
+        "ptx::mbarrier_wait",
+    ),
     Fault("a refill is issued one stage early", "overwrite", _WAIT_EMPTY, f"if (tile > num_first_tiles) {_WAIT_EMPTY}"),
     changed("producer waits for the stage's other phase", "overwrite", _WAIT_EMPTY, " ^ 1", ""),
     Fault(
@@ -67,6 +76,14 @@ FAULTS = (
     changed("all lanes release the stage for their warp", "overwrite", _RELEASE_STAGE, "if (lane == 0) ", ""),
     changed("a stage expects one item too many", "deadlock", _INIT_EMPTY, "items_per_tile", "items_per_tile + 1"),
     changed("a stage expects one item too few", "overwrite", _INIT_EMPTY, "items_per_tile", "items_per_tile - 1"),
+    changed(
+        "a lone CTA hands a slot over before all lanes have written",
+        "unwritten read",
+        "          ptx::syncwarp();\n          if (lane == 0) ptx::mbarrier_arrive(partials_full",
+        "          ptx::syncwarp();\n",
+        "",
+        cluster_size=1,
+    ),
     changed("two lanes arm the slot", "surplus arrival", _EXPECT_SLOT, "lane == 0", "lane < 2"),
     # Bytes
     changed("a stage expects 16 bytes too few", "surplus bytes", _EXPECT_STAGE, "slice_bytes", "slice_bytes - 16"),
@@ -77,8 +94,8 @@ FAULTS = (
     Fault(
         "the last stage's barriers are not initialised",
         "barrier not initialised",
-        "stage_idx < plan.num_stages; ++stage_idx",
-        "stage_idx + 1 < plan.num_stages; ++stage_idx",
+        "if (lane < plan.num_stages) {",
+        "if (lane + 1 < plan.num_stages) {",
     ),
     Fault("barriers are initialised without the fence", "barrier not visible", "    ptx::fence_mbarrier_init();\n", ""),
     Fault("consumers do not wait for the cluster", "barrier not visible", _CLUSTER_WAIT, "  // ---- Consumers ----"),

@@ -41,11 +41,10 @@ void check_overwrite(const Thread& thread, Cta& cta, uint32_t offset, size_t num
   }
 }
 
-void land_in_shared(Cta& cta, uint32_t offset, const void* source, size_t num_bytes, Epoch write) {
+void write_shared(Cta& cta, uint32_t offset, const void* source, size_t num_bytes, Epoch write) {
   std::memcpy(&cta.memory[offset], source, num_bytes);
   for (uint32_t at = offset; at < offset + num_bytes; at += 4) {
     Word& word = cta.words[at / 4];
-    --word.num_in_flight;
     word.kind = Word::Kind::kData;
     word.write = write;
     word.reads.clear();
@@ -160,6 +159,13 @@ void count_arrival(GroupBarrier& barrier) {
   complete_if_all_arrived(barrier);
 }
 
+// Part of an asynchronous write, from `skipped` bytes after its start.
+void land(const Event& event, uint32_t skipped, const void* source, uint32_t num_bytes) {
+  const uint32_t offset = event.offset + skipped;
+  for (uint32_t at = offset; at < offset + num_bytes; at += 4) --event.target->words[at / 4].num_in_flight;
+  write_shared(*event.target, offset, source, num_bytes, event.barrier->landing(event.target != event.issuer->cta));
+}
+
 // ---- Lanes ----------------------------------------------------------------------------------------------------------------------
 
 // All lanes of the warp wait for each other in one operation on one line. True for the last one: it acts for all, then wakes them.
@@ -238,6 +244,13 @@ void load_shared(uint32_t address, void* value, size_t num_bytes, Where where) {
     }
   }
   std::memcpy(value, &cta.memory[offset], num_bytes);
+}
+
+void store_shared(uint32_t address, const void* value, size_t num_bytes, Where where) {
+  Thread& thread = begin(where);
+  const uint32_t offset = check_shared(thread, *thread.cta, address, num_bytes, num_bytes, where);
+  check_overwrite(thread, *thread.cta, offset, num_bytes, where);
+  write_shared(*thread.cta, offset, value, num_bytes, thread.now());
 }
 
 void load_global(const void* address, void* value, size_t num_bytes, Where where) {
@@ -375,7 +388,7 @@ bool happen(Event& event) {
       return true;
     case Event::Kind::kStore: {
       --event.target->num_in_flight;
-      land_in_shared(*event.target, event.offset, &event.value, 4, event.barrier->landing(event.target != event.issuer->cta));
+      land(event, 0, &event.value, 4);
       count_bytes(*event.barrier, 4, *event.issuer, event.where);
       return true;
     }
@@ -386,7 +399,7 @@ bool happen(Event& event) {
   const uint32_t num_units = event.num_bytes / 16;
   const uint32_t piece_bytes = random_numbers.chance(2) ? event.num_bytes : (1 + random_numbers.below(num_units)) * 16;
   const uint32_t skipped = random_numbers.chance(2) ? event.num_bytes - piece_bytes : 0;
-  land_in_shared(*event.target, event.offset + skipped, event.source + skipped, piece_bytes, event.barrier->landing(false));
+  land(event, skipped, event.source + skipped, piece_bytes);
   if (skipped == 0) {
     event.offset += piece_bytes;
     event.source += piece_bytes;

@@ -22,6 +22,7 @@ void synchronise_warp(Where where);
 
 uint32_t shared_memory_base();
 void load_shared(uint32_t address, void* value, size_t num_bytes, Where where);
+void store_shared(uint32_t address, const void* value, size_t num_bytes, Where where);
 void load_global(const void* address, void* value, size_t num_bytes, Where where);
 void store_global(void* address, const void* value, size_t num_bytes, Where where);
 

@@ -61,6 +61,10 @@ MLPDOWN_DEVICE Vector ld_shared(SharedAddress address, Where where = Where::curr
   return v;
 }
 
+MLPDOWN_DEVICE void st_shared(SharedAddress address, float value, Where where = Where::current()) {
+  emulator::store_shared(address, &value, sizeof value, where);
+}
+
 // ---- Global memory -------------------------------------------------------------------------------------------------------------
 
 MLPDOWN_DEVICE uint16_t ld_global(const uint16_t* address, Where where = Where::current()) {
