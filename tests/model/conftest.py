@@ -13,6 +13,9 @@ import mlpdown.ops
 
 transformers = pytest.importorskip("transformers")
 
+# Models this small gain nothing from threads, and lose much where several test processes share the cores.
+torch.set_num_threads(1)
+
 FAMILIES = ("gpt_neox_parallel", "gpt_neox_sequential", "llama", "qwen2", "mistral")
 NUM_LAYERS = 2
 VOCABULARY = 128

@@ -56,7 +56,8 @@ def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: py
         ("eager", 16),
     ]
     for row in content["rows"]:
-        assert len(row["stock_ms"]) == len(row["patched_ms"]) == 2
+        # A machine that is slow enough gets no second run.
+        assert 1 <= len(row["stock_ms"]) == len(row["patched_ms"]) <= 2
         assert min(*row["stock_ms"], *row["patched_ms"], row["ratio"]) > 0
     assert [check["name"] for check in content["logits"]] == ["transformers", "loop"]
     assert all(0 < check["patched"] <= check["bound"] for check in content["logits"])
