@@ -21,7 +21,7 @@ MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 
 _BARRIER_BYTES = 8
-_NUM_PARTIAL_SLOTS = 16
+_NUM_PARTIAL_SLOTS = 8
 
 
 def instantiations() -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 //
 //     global memory                     shared memory of CTA `rank`                              shared memory of the row's owner
 //     weight rows  --bulk copies-->  ring of stages --consumer warps--> segment sums --st.async--> partials --epilogue warp--> out
+//                                                                     (a cluster of one: st.shared)
 //
 // A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of rows_per_stage. Each CTA holds a slice of the
 // reduction axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which
@@ -16,6 +17,7 @@
 //   empty_barriers[stage]     a consumer warp for every item      -> producer: the stage may be overwritten
 //   activation_barrier        producer, 1 + the slice's bytes     -> consumers
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
+//                             (a cluster of one: a consumer warp for every item)
 //   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
 //
 // The specification, reference/kernel.py, has the same sections in the same order.
@@ -68,6 +70,16 @@ MLPDOWN_DEVICE void accumulate_batch(ptx::SharedAddress smem_activation, const p
   }
 }
 
+// Waits for a barrier at which CTAs of the cluster arrive or store: if there are others, it acquires from all of the cluster.
+template <uint32_t kClusterSize>
+MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity) {
+  if constexpr (kClusterSize == 1) {
+    ptx::mbarrier_wait(barrier, parity);
+  } else {
+    ptx::mbarrier_wait_cluster(barrier, parity);
+  }
+}
+
 template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
 MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
   // ---- Sizes ----
@@ -84,8 +96,11 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   const uint32_t slice_bytes = slice_num_vectors * kVectorBytes;
 
   // Balanced rows: the clusters' shares differ by one row at most.
-  const uint32_t first_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * ptx::cluster_idx() / ptx::num_clusters());
-  const uint32_t end_row = static_cast<uint32_t>(static_cast<uint64_t>(problem.hidden_dim) * (ptx::cluster_idx() + 1) / ptx::num_clusters());
+  const uint32_t cluster_idx = ptx::cluster_idx();
+  const uint32_t min_rows = problem.hidden_dim / ptx::num_clusters();
+  const uint32_t num_longer = problem.hidden_dim % ptx::num_clusters();
+  const uint32_t first_row = cluster_idx * min_rows + (cluster_idx < num_longer ? cluster_idx : num_longer);
+  const uint32_t end_row = first_row + min_rows + (cluster_idx < num_longer ? 1 : 0);
   const uint32_t items_per_tile = (plan.rows_per_stage + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
   const uint32_t num_owners = plan.rows_per_stage < kClusterSize ? plan.rows_per_stage : kClusterSize;
   const uint32_t num_tiles = (end_row - first_row + plan.rows_per_stage - 1) / plan.rows_per_stage;
@@ -111,17 +126,20 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   };
 
   // ---- Barriers ----
-  // The producer initialises them: it can then fill its ring without waiting for anyone.
+  // By one lane each of the warps that need them first: the producer can then fill its ring without waiting for anyone.
   if (warp_idx == kProducerWarp && lane == 0) {
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
       ptx::mbarrier_init(full_barriers(stage_idx), 1);
       ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);
     }
+    ptx::mbarrier_init(activation_barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+  if (warp_idx == kEpilogueWarp && lane == 0) {
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
-      ptx::mbarrier_init(partials_full(slot_idx), 1);
+      ptx::mbarrier_init(partials_full(slot_idx), kClusterSize == 1 ? items_per_tile : 1);
       ptx::mbarrier_init(partials_empty(slot_idx), num_owners);
     }
-    ptx::mbarrier_init(activation_barrier, 1);
     ptx::fence_mbarrier_init();
   }
   ptx::syncwarp();
@@ -155,6 +173,9 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     const uint32_t num_prefetched_tiles = plan.weight_prefetch ? num_first_tiles : 0;
     for (uint32_t tile = 0; tile < num_prefetched_tiles; ++tile) load_tile(tile);
     ptx::griddepcontrol_wait();
+    // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
+    // more than two grids are ever under way.
+    ptx::griddepcontrol_launch_dependents();
     if (lane == 0) {
       ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
       const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
@@ -169,7 +190,6 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
       ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
       load_tile(tile);
     }
-    ptx::griddepcontrol_launch_dependents();
     return;
   }
 
@@ -184,8 +204,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     RingPosition slot;
     for (uint32_t tile = 0; tile < num_tiles; ++tile) {
       const uint32_t num_rows = rows_in_tile(tile);
-      const uint32_t num_items = (num_rows + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
-      for (; item < num_items; item += plan.num_consumer_warps) {
+      for (; item < items_per_tile; item += plan.num_consumer_warps) {
         const uint32_t segment = item % kSegmentsPerCta;
         const uint32_t item_first_row = item / kSegmentsPerCta * kRowsPerWarp;
         ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
@@ -195,7 +214,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
         float accumulators[kRowsPerWarp][kVectorSize];
 #pragma unroll
         for (uint32_t row = 0; row < kRowsPerWarp; ++row) {
-          // Rows that the last tile lacks: the last row it has is summed again, and not sent.
+          // Rows that the last tile lacks: the last row it has is summed again, and not handed on.
           const uint32_t tile_row = item_first_row + row < num_rows ? item_first_row + row : num_rows - 1;
           weight_rows[row] = smem_weight(stage.idx, tile_row);
 #pragma unroll
@@ -218,16 +237,24 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
         for (uint32_t row = 0; row < kRowsPerWarp; ++row) sums[row] = sum_lane(accumulators[row]);
         const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);
 
-        // Segment sums meet: to the owner of the row, 4 bytes at its partials_full.
-        if (tile >= kNumPartialSlots) ptx::mbarrier_wait_cluster(partials_empty(slot.idx), slot.phase ^ 1);
+        // Segment sums meet at the owner of the row.
+        if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
         const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
         if (lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows) {
           const uint32_t owner = tile_row % kClusterSize;
-          ptx::st_async(ptx::mapa(partials(slot.idx, tile_row / kClusterSize, first_segment + segment), owner), segment_sum,
-                        ptx::mapa(partials_full(slot.idx), owner));
+          const ptx::SharedAddress partial = partials(slot.idx, tile_row / kClusterSize, first_segment + segment);
+          if constexpr (kClusterSize == 1) {
+            ptx::st_shared(partial, segment_sum);
+          } else {
+            ptx::st_async(ptx::mapa(partial, owner), segment_sum, ptx::mapa(partials_full(slot.idx), owner));  // 4 bytes
+          }
+        }
+        if constexpr (kClusterSize == 1) {
+          ptx::syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(partials_full(slot.idx));
         }
       }
-      item -= items_per_tile;  // as num_items, but for the last tile, after which no one asks
+      item -= items_per_tile;
       stage.advance(plan.num_stages);
       slot.advance(kNumPartialSlots);
     }
@@ -247,13 +274,15 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   const auto load = [](const void* tensor, uint32_t idx) { return ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx); };
   RingPosition slot;
   uint32_t window_first_tile = 0;
+  uint32_t window_end_tile = 0;
   uint32_t row = 0;
   uint16_t bias = 0;
   uint16_t attn_output = 0;
   uint16_t hidden_states = 0;
   for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-    if (tile % tiles_per_window == 0) {
+    if (tile == window_end_tile) {
       window_first_tile = tile;
+      window_end_tile = tile + tiles_per_window;
       row = first_row + (tile + lane / owned_rows_per_tile) * plan.rows_per_stage + owned_row * kClusterSize + cta_rank_in_cluster;
       if (row < end_row && !problem.is_partial_sums) {
         if (problem.bias) bias = load(problem.bias, row);
@@ -263,8 +292,10 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     }
 
     const uint32_t num_owned_rows = (rows_in_tile(tile) + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
-    ptx::mbarrier_wait_cluster(partials_full(slot.idx), slot.phase);
+    if (kClusterSize > 1 && lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
+    }
+    wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);
     const bool owns_row = tile == window_first_tile + lane / owned_rows_per_tile && owned_row < num_owned_rows;
     float segment_sums[kNumSegments] = {};
     if (owns_row) {
@@ -277,7 +308,13 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     }
     // The slot is free for the tile kNumPartialSlots later, at every rank. Without such a tile nobody waits, and the rank may be gone.
     ptx::syncwarp();
-    if (tile + kNumPartialSlots < num_tiles && lane < kClusterSize) ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(slot.idx), lane));
+    if (tile + kNumPartialSlots < num_tiles && lane < kClusterSize) {
+      if constexpr (kClusterSize == 1) {
+        ptx::mbarrier_arrive(partials_empty(slot.idx));
+      } else {
+        ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(slot.idx), lane));
+      }
+    }
 
     if (owns_row) {
       float total = sum_segments(segment_sums);

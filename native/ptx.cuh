@@ -74,6 +74,10 @@ MLPDOWN_DEVICE Vector ld_shared(SharedAddress address) {
   return v;
 }
 
+MLPDOWN_DEVICE void st_shared(SharedAddress address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 // ---- Global memory -------------------------------------------------------------------------------------------------------------
 
 // Volatile and without the non-coherent path: the value may have been written by the kernel that griddepcontrol_wait waited for.
