@@ -69,7 +69,9 @@ class Case:
         )
 
 
-def make_case(hidden_dim: int, intermediate_dim: int, dtype: str, kind: str = "ordinary", seed: int = 0, num_tokens: int = 1) -> Case:
+def make_case(
+    hidden_dim: int, intermediate_dim: int, dtype: str, kind: str = "ordinary", seed: int = 0, num_tokens: int = 1
+) -> Case:
     """The inputs of one call.
 
     Args:
@@ -89,7 +91,9 @@ def make_case(hidden_dim: int, intermediate_dim: int, dtype: str, kind: str = "o
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
     if hidden_dim < 1 or intermediate_dim < 8 or intermediate_dim % 8:
-        raise ValueError(f"hidden_dim must be >= 1 and intermediate_dim a positive multiple of 8, got {hidden_dim}, {intermediate_dim}")
+        raise ValueError(
+            f"hidden_dim must be >= 1 and intermediate_dim a positive multiple of 8, got {hidden_dim}, {intermediate_dim}"
+        )
     if num_tokens < 0 or not 0 <= seed < 1 << 32:
         raise ValueError(f"num_tokens must be >= 0 and seed in [0, 2**32), got {num_tokens}, {seed}")
     if kind == "cancelling":

@@ -58,10 +58,16 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlpdown check``."""
     parser.add_argument("--hidden-dim", type=int, help="outputs (2560, as in Pythia-2.8B)")
-    parser.add_argument("--intermediate-dim", type=int, help="the reduction axis, a multiple of 8 (10240, as in Pythia-2.8B)")
-    parser.add_argument("--dtype", choices=sorted(TORCH_DTYPES), help="one dtype (both, or with --model the checkpoint's)")
+    parser.add_argument(
+        "--intermediate-dim", type=int, help="the reduction axis, a multiple of 8 (10240, as in Pythia-2.8B)"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(TORCH_DTYPES), help="one dtype (both, or with --model the checkpoint's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="take weight and bias from a GPT-NeoX checkpoint's safetensors")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="take weight and bias from a GPT-NeoX checkpoint's safetensors"
+    )
     parser.add_argument("--layer", type=int, metavar="N", help="with --model: of this layer, from 0 (0)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
 
@@ -106,7 +112,9 @@ def check_case(inputs: str, case: Case, available: list[str]) -> tuple[list[Resu
     results, broken = [], []
     num_outside = int(accuracy.outside_bound(expected, case, oracle).sum())
     if num_outside:
-        broken.append(f"the specification is outside its error bound in {num_outside} elements ({inputs} inputs, {case.dtype})")
+        broken.append(
+            f"the specification is outside its error bound in {num_outside} elements ({inputs} inputs, {case.dtype})"
+        )
     for device in _devices():
         tensors = case.tensors(device)
         for backend in available:
@@ -194,7 +202,15 @@ def _median_seconds(call: Callable[[], torch.Tensor], device: torch.device) -> f
 
 
 def _table(title: str, results: list[Result]) -> Table:
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=CAPTION,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("dtype", "inputs", "backend", "device"):
         table.add_column(heading, no_wrap=True)
     for heading in ("wrong\nbits", "ULPs off\nat most", "on\naverage", "time\n(ms)"):
@@ -225,7 +241,11 @@ def _figure(value: float | None) -> str:
 
 
 def _report(
-    arguments: argparse.Namespace, cases: list[tuple[str, Case]], status: dict[str, Any], results: list[Result], broken: list[str]
+    arguments: argparse.Namespace,
+    cases: list[tuple[str, Case]],
+    status: dict[str, Any],
+    results: list[Result],
+    broken: list[str],
 ) -> dict[str, Any]:
     return {
         "hidden_dim": cases[0][1].weight.shape[0],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import validate
 from .plan import Device, Plan, check_plan, choose_plan
 
 MINIMUM_COMPUTE_CAPABILITY = (9, 0)
@@ -116,6 +117,11 @@ def run(
         load()
     hidden_dim, intermediate_dim = weight.shape
     if mlp_intermediate.numel() == 0:
+        # Nothing to launch, so that the op cannot refuse what is wrong.
+        validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+        refusal = validate.native_refusal(hidden_states, attn_output, mlp_intermediate, weight, bias)
+        if refusal is not None:
+            raise refusal
         return torch.empty_like(hidden_states) if out is None else out
     arguments = plan_arguments(hidden_dim, intermediate_dim, weight.get_device(), plan, weight_prefetch)
     if out is None:

@@ -72,7 +72,11 @@ def bits16(value: float, dtype: str) -> int:
     if magnitude < math.ldexp(1.0, smallest_step + fraction_bits):  # subnormal, or zero
         return sign | int(math.ldexp(magnitude, -smallest_step))
     fraction, exponent = math.frexp(magnitude)
-    return sign | (exponent - 1 + top - 1) << fraction_bits | int(math.ldexp(fraction, significand_bits)) - (1 << fraction_bits)
+    return (
+        sign
+        | (exponent - 1 + top - 1) << fraction_bits
+        | int(math.ldexp(fraction, significand_bits)) - (1 << fraction_bits)
+    )
 
 
 def row_sum(weight_row: np.ndarray, activation: np.ndarray) -> float:

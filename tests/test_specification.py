@@ -28,7 +28,9 @@ def test_within_its_bound_of_float64_at_full_size(dtype: str, kind: str) -> None
 def test_bound_catches_a_dropped_vector() -> None:
     case = make_case(64, 2048, "float16")
     assert case.bias is not None
-    damaged = Case(case.dtype, case.hidden_states, case.attn_output, case.mlp_intermediate.copy(), case.weight, case.bias)
+    damaged = Case(
+        case.dtype, case.hidden_states, case.attn_output, case.mlp_intermediate.copy(), case.weight, case.bias
+    )
     damaged.mlp_intermediate[:, 512:520] = 0
     with pytest.raises(AssertionError, match="outside the bound"):
         assert_within_bound(damaged.expected_bits(), case)
@@ -77,21 +79,23 @@ def test_tokens_do_not_touch_each_other(dtype: str, kind: str) -> None:
     assert case.attn_output is not None
     for token in range(7):
         one = slice(token, token + 1)
-        alone = Case(dtype, case.hidden_states[one], case.attn_output[one], case.mlp_intermediate[one], case.weight, case.bias)
+        alone = Case(
+            dtype, case.hidden_states[one], case.attn_output[one], case.mlp_intermediate[one], case.weight, case.bias
+        )
         assert_same_bits(alone.expected_bits(), together[one], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_order_changes_over_half_of_cancelling_results(dtype: str) -> None:
     case = make_case(2560, 10240, dtype, "cancelling")
-    backwards = Case(dtype, case.hidden_states, case.attn_output, case.mlp_intermediate[:, ::-1].copy(), case.weight[:, ::-1].copy(), case.bias)
-    # The same products, dealt to other segments.
-    rotated = Case(
-        dtype, case.hidden_states, case.attn_output, np.roll(case.mlp_intermediate, 1280, 1), np.roll(case.weight, 1280, 1), case.bias
-    )
-    canonical = case.expected_bits()
-    for another_order in (backwards, rotated):
-        assert (another_order.expected_bits() != canonical).mean() > 0.5
+    activation, weight = case.mlp_intermediate, case.weight
+    orders = {
+        "backwards": (activation[:, ::-1].copy(), weight[:, ::-1].copy()),
+        "a segment later": (np.roll(activation, 1280, 1), np.roll(weight, 1280, 1)),
+    }
+    for name, (other_activation, other_weight) in orders.items():
+        other = Case(dtype, case.hidden_states, case.attn_output, other_activation, other_weight, case.bias)
+        assert (other.expected_bits() != case.expected_bits()).mean() > 0.5, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +135,9 @@ from mlpdown import reference
 from mlpdown.cases import make_case
 
 for dtype in ("float16", "bfloat16"):
-    for hidden_dim, intermediate_dim, num_tokens, kind in [(3, 264, 1, "cancelling"), (8, 40, 1, "special"), (1, 2056, 1, "cancelling"), (2, 72, 2, "ordinary")]:
+    for hidden_dim, intermediate_dim, num_tokens, kind in [
+        (3, 264, 1, "cancelling"), (8, 40, 1, "special"), (1, 2056, 1, "cancelling"), (2, 72, 2, "ordinary")
+    ]:
         case = make_case(hidden_dim, intermediate_dim, dtype, kind, 5, num_tokens)
         for absent in ((), ("attn_output", "bias")) if hidden_dim == 3 else ((),):
             arrays = case.without(*absent).arrays()
@@ -146,7 +152,9 @@ for dtype in ("float16", "bfloat16"):
 
 def test_simulator_gives_the_bits_of_the_cpu() -> None:
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
-    process = subprocess.run([sys.executable, "-c", SIMULATE], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", SIMULATE], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert len(lines) == 2 * (4 + 1 + 4)

@@ -78,7 +78,9 @@ def test_any_values_replayed_in_exact_integers(case: Case) -> None:
 def test_any_values_within_the_bound(case: Case) -> None:
     # Where a partial sum can leave float32's range, an infinity may stay although the exact sum is finite: no bound holds there.
     with np.errstate(all="ignore"):
-        magnitudes = accuracy.float64_result(Case(case.dtype, *(None if a is None else np.abs(a) for a in case.arrays())))  # type: ignore[arg-type]
+        magnitudes = accuracy.float64_result(
+            Case(case.dtype, *(None if a is None else np.abs(a) for a in case.arrays()))
+        )  # type: ignore[arg-type]
     if np.all(magnitudes < np.finfo(np.float32).max) and np.all(np.isfinite(magnitudes)):
         assert_within_bound(case.expected_bits(), case)
 
@@ -140,12 +142,16 @@ def test_edges_of_the_result(dtype: str, sums: float, expected: int) -> None:
 
 def test_product_is_not_rounded_before_it_is_added() -> None:
     """Outside the range where products of bfloat16 values are exact in float32, the definition is still a fused multiply-add."""
-    small = np.float32(2.0**-75) * np.float32(1 + 2.0**-7)  # squared: 2**-150 * 1.0157, above half of the smallest subnormal
+    small = np.float32(2.0**-75) * np.float32(
+        1 + 2.0**-7
+    )  # squared: 2**-150 * 1.0157, above half of the smallest subnormal
     weight, activation = np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32)
     weight[0, 0] = activation[0, 0] = small
     assert reference.partial_sums(activation, weight)[0, 0] == np.float32(2.0**-149)
     huge = np.float32(2.0**64)
-    weight[0, 0] = activation[0, 0] = huge  # 2**128: beyond float32, until -2**127 of the same accumulator is there first
+    weight[0, 0] = activation[0, 0] = (
+        huge  # 2**128: beyond float32, until -2**127 of the same accumulator is there first
+    )
     long_weight, long_activation = np.zeros((1, 8 * 8 * 64), np.float32), np.zeros((1, 8 * 8 * 64), np.float32)
     long_weight[0, 0], long_activation[0, 0] = -(2.0**63), 2.0**64
     long_weight[0, 8 * 32], long_activation[0, 8 * 32] = huge, huge
@@ -167,7 +173,9 @@ def test_every_nan_is_the_canonical_one(dtype: str) -> None:
     assert np.isfinite(accuracy.bits_to_float64(bits[5:], dtype)).all()
 
 
-def _random_values(generator: np.random.Generator, shape: tuple[int, ...], exponents: tuple[int, int], dtype: str) -> np.ndarray:
+def _random_values(
+    generator: np.random.Generator, shape: tuple[int, ...], exponents: tuple[int, int], dtype: str
+) -> np.ndarray:
     fraction_bits = {"float16": 10, "bfloat16": 7}[dtype]
     size = int(np.prod(shape))
     bits = (
@@ -186,9 +194,18 @@ def _values_to_round(dtype: str) -> np.ndarray:
     halfway = ((finite[:-1].astype(np.float64) + finite[1:]) / 2).astype(np.float32)
     random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint32).view(np.float32)
     largest = np.float32(accuracy.FORMATS[dtype].largest)
-    overflow = np.nextafter(np.float32(largest * (1 + 2.0 ** -(accuracy.FORMATS[dtype].mantissa_bits + 2))), np.float32([0, np.inf]))
+    overflow = np.nextafter(
+        np.float32(largest * (1 + 2.0 ** -(accuracy.FORMATS[dtype].mantissa_bits + 2))), np.float32([0, np.inf])
+    )
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        points = [values, halfway, np.nextafter(halfway, np.float32(np.inf)), np.nextafter(halfway, np.float32(-np.inf)), overflow, random]
+        points = [
+            values,
+            halfway,
+            np.nextafter(halfway, np.float32(np.inf)),
+            np.nextafter(halfway, np.float32(-np.inf)),
+            overflow,
+            random,
+        ]
     return np.concatenate(points)
 
 
@@ -208,7 +225,9 @@ def test_generated_inputs_never_change() -> None:
     again = make_case(3, 16, "float16", "ordinary", seed=9)
     np.testing.assert_array_equal(case.weight, again.weight)
     assert not np.array_equal(case.weight, make_case(3, 16, "float16", "ordinary", seed=10).weight)
-    assert {(dtype, kind): _digest(make_case(64, 64, dtype, kind, seed=9)) for dtype in DTYPES for kind in KINDS} == FROZEN_DIGESTS
+    assert {
+        (dtype, kind): _digest(make_case(64, 64, dtype, kind, seed=9)) for dtype in DTYPES for kind in KINDS
+    } == FROZEN_DIGESTS
 
 
 def _digest(case: Case) -> str:

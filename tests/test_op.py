@@ -1,0 +1,135 @@
+"""The native op as torch sees it: schema, fakes, torch's own checks, and what it answers without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mlpdown
+from mlpdown import native_backend
+from mlpdown.plan import H200, choose_plan
+
+PLAN_SCHEMA = (
+    "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, bool weight_prefetch, "
+    "bool dependent_launch"
+)
+TENSORS = "Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias"
+PLAN = (4, 1, 4, 4, 8, False, True)
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    native_backend.load()
+
+
+def arguments(
+    device: str, dtype: torch.dtype = torch.float16, *, optional: bool = True
+) -> tuple[torch.Tensor | None, ...]:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    return (
+        empty(1, 96),
+        empty(1, 96) if optional else None,
+        empty(1, 512),
+        empty(96, 512),
+        empty(96) if optional else None,
+    )
+
+
+def test_schemas() -> None:
+    assert str(torch.ops.mlpdown.mlp_down.default._schema) == f"mlpdown::mlp_down({TENSORS}, {PLAN_SCHEMA}) -> Tensor"
+    assert (
+        str(torch.ops.mlpdown.mlp_down.out._schema)
+        == f"mlpdown::mlp_down.out({TENSORS}, {PLAN_SCHEMA}, *, Tensor(a!) out) -> ()"
+    )
+    assert (
+        str(torch.ops.mlpdown.partial_sums.default._schema)
+        == f"mlpdown::partial_sums(Tensor mlp_intermediate, Tensor weight, {PLAN_SCHEMA}) -> Tensor"
+    )
+
+
+def test_plan_goes_to_the_op_in_the_order_of_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
+    chosen = choose_plan(96, 512, H200)
+    names = [argument.name for argument in torch.ops.mlpdown.mlp_down.default._schema.arguments][5:]
+    native_backend._plan_arguments.cache_clear()
+    try:
+        values = native_backend.plan_arguments(96, 512, 0, None, False)
+    finally:
+        native_backend._plan_arguments.cache_clear()
+    assert dict(zip(names, values, strict=True)) == {name: getattr(chosen, name) for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck_on_meta_tensors(dtype: torch.dtype, optional: bool) -> None:
+    tensors = arguments("meta", dtype, optional=optional)
+    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.default, (*tensors, *PLAN), test_utils=CHECKS)
+    assert checked == dict.fromkeys(CHECKS, "SUCCESS")
+    product = (tensors[2], tensors[3], *PLAN)
+    checked = torch.library.opcheck(torch.ops.mlpdown.partial_sums.default, product, test_utils=CHECKS)
+    assert checked == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+def test_opcheck_of_the_overload_that_writes_into_out() -> None:
+    tensors = arguments("meta")
+    out = torch.empty(1, 96, dtype=torch.float16, device="meta")
+    checks = ("test_schema", "test_faketensor")
+    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.out, (*tensors, *PLAN), {"out": out}, test_utils=checks)
+    assert checked == dict.fromkeys(checks, "SUCCESS")
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
+def test_fake_results_are_like_real_ones(shape: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        _, _, mlp_intermediate, weight, _ = arguments("cuda")
+        hidden_states = torch.empty(shape, dtype=torch.float16, device="cuda")
+        result = torch.ops.mlpdown.mlp_down(hidden_states, None, mlp_intermediate, weight, None, *PLAN)
+        assert (result.shape, result.dtype, result.device) == (
+            hidden_states.shape,
+            hidden_states.dtype,
+            hidden_states.device,
+        )
+        sums = torch.ops.mlpdown.partial_sums(mlp_intermediate, weight, *PLAN)
+        assert (sums.shape, sums.dtype, sums.device) == ((96,), torch.float32, hidden_states.device)
+
+
+def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:
+    tensors = arguments("cpu")
+    with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
+        torch.ops.mlpdown.mlp_down(*tensors, *PLAN)
+    with pytest.raises(RuntimeError, match="out must be on the CUDA device of weight"):
+        torch.ops.mlpdown.mlp_down.out(*tensors, *PLAN, out=torch.empty(1, 96, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
+        torch.ops.mlpdown.partial_sums(tensors[2], tensors[3], *PLAN)
+
+
+def test_published_entry_point_is_the_op_at_its_size() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = [
+        torch.randn(shape, generator=generator).to(torch.float16)
+        for shape in [(1, 2560), (1, 2560), (1, 10240), (2560, 10240), (2560,)]
+    ]
+    assert torch.equal(mlpdown.pythia_2b8_mlp_only(*tensors), mlpdown.run(*tensors))
+    for position, name in enumerate(
+        ["hidden_states", "attn_output", "mlp_intermediate", "mlp_down_weight", "mlp_down_bias"]
+    ):
+        wrong: list[object] = list(tensors)
+        wrong[position] = torch.zeros(3)
+        with pytest.raises(ValueError, match=rf"^{name} must be \[.*\], got \[3\]$"):
+            mlpdown.pythia_2b8_mlp_only(*wrong)  # type: ignore[arg-type]
+        wrong[position] = [1.0]
+        with pytest.raises(TypeError, match=rf"^{name} must be a torch.Tensor, got list$"):
+            mlpdown.pythia_2b8_mlp_only(*wrong)  # type: ignore[arg-type]
+
+
+def test_backends_say_why_they_cannot_run() -> None:
+    states = mlpdown.backends()
+    assert list(states) == ["native", "numba", "torch"]
+    assert states["numba"].available and states["torch"].available
+    if not torch.cuda.is_available():
+        assert not states["native"].available
+        assert states["native"].reason.startswith("backend 'native' needs a")

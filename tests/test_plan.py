@@ -1,0 +1,117 @@
+"""Plans: what is refused and in which words, and that every chosen plan fits its device."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import random
+
+import pytest
+
+from mlpdown import plan
+from mlpdown.build import library
+from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
+
+PYTHIA_SHAPES = [(512, 2048), (768, 3072), (1024, 4096), (2048, 8192), (2560, 10240), (4096, 16384), (5120, 20480)]
+COMMON_SHAPES = [(4096, 11008), (4096, 14336), (3584, 18944)]
+RAGGED_SHAPES = [
+    (1, 8),
+    (1, 32768),
+    (7, 8),
+    (3, 72),
+    (129, 1032),
+    (2561, 10248),
+    (262144, 8),
+    (262144, 32768),
+    (50, 32760),
+]
+SHAPES = PYTHIA_SHAPES + COMMON_SHAPES + RAGGED_SHAPES
+
+GOOD = Plan(cluster_size=4, rows_per_warp=1, rows_per_stage=4, num_stages=4, num_consumer_warps=8)
+
+
+@pytest.mark.parametrize("device", [H200, RTX_5090], ids=lambda device: device.name)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), SHAPES)
+def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device) -> None:
+    chosen = choose_plan(hidden_dim, intermediate_dim, device)
+    check_plan(chosen, intermediate_dim, device)
+    assert plan.shared_memory_bytes(chosen, intermediate_dim) <= device.shared_memory_per_block
+    assert (chosen.cluster_size, chosen.rows_per_warp) in plan.instantiations()
+    assert not chosen.weight_prefetch, "reading the weight early is for the caller to allow"
+    # With one stage nothing is in flight while a stage is being summed.
+    assert chosen.num_stages >= 2
+
+
+def test_chosen_plan_prefetches_when_asked() -> None:
+    quiet, prefetching = (choose_plan(2560, 10240, H200, weight_prefetch=asked) for asked in (False, True))
+    assert prefetching == dataclasses.replace(quiet, weight_prefetch=True)
+
+
+def test_rtx_5090_has_99_kilobytes_a_block() -> None:
+    assert RTX_5090.shared_memory_per_block == 99 * 1024
+    assert H200.shared_memory_per_block == 227 * 1024
+
+
+def test_instantiations_are_every_pair_once() -> None:
+    pairs = plan.instantiations()
+    assert len(set(pairs)) == len(pairs)
+    assert set(pairs) == {(c, r) for c in plan.CLUSTER_SIZES for r in plan.ROWS_PER_WARP}
+    assert plan.CLUSTER_SIZES == (1, 2, 4, 8), "sizes that split 8 segments and that every GPU since Hopper takes"
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        (
+            "cluster_size",
+            [0, 3, 16, -1, 4.0, True, "4", None],
+            r"one of \[1, 2, 4, 8\] \(mlpdown\.plan\.CLUSTER_SIZES\)",
+        ),
+        ("rows_per_warp", [0, 3, 8, 1.0, False], r"one of \[1, 2, 4\] \(mlpdown\.plan\.ROWS_PER_WARP\)"),
+        ("rows_per_stage", [0, 33, -4, 4.0], "1 to 32"),
+        ("num_stages", [0, 17, -1, None], "1 to 16"),
+        ("num_consumer_warps", [0, 17, "8"], "1 to 16"),
+    ],
+)
+def test_wrong_values_name_what_is_allowed(field: str, values: list[object], words: str) -> None:
+    check_plan(GOOD, 1024, H200)
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^plan\.{field} must be {words}, got {value!r}$"):
+            check_plan(dataclasses.replace(GOOD, **{field: value}), 1024, H200)
+
+
+def test_plan_too_large_for_the_device_says_by_how_much() -> None:
+    large = dataclasses.replace(GOOD, rows_per_stage=8, num_stages=5)
+    check_plan(large, 10240, H200)
+    needed = plan.shared_memory_bytes(large, 10240)
+    with pytest.raises(
+        ValueError, match=rf"needs {needed} bytes of shared memory .* RTX 5090 has {99 * 1024}: fewer stages"
+    ):
+        check_plan(large, 10240, RTX_5090)
+
+
+def test_plans_are_values() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GOOD.cluster_size = 8  # type: ignore[misc]
+    assert hash(GOOD) == hash(dataclasses.replace(GOOD))
+
+
+def test_shared_memory_is_what_the_kernel_lays_out() -> None:
+    """One arithmetic in Python, to choose plans without a library, and one in C++: the same numbers."""
+    native = ctypes.CDLL(str(library.load().path)).mlpdown_shared_memory_bytes
+    native.restype = ctypes.c_uint
+    generator = random.Random(0)
+    compared = 0
+    for _ in range(2000):
+        candidate = Plan(
+            cluster_size=generator.choice(plan.CLUSTER_SIZES),
+            rows_per_warp=1,
+            rows_per_stage=generator.randint(1, plan.MAX_ROWS_PER_STAGE),
+            num_stages=generator.randint(1, plan.MAX_STAGES),
+            num_consumer_warps=8,
+        )
+        intermediate_dim = 8 * generator.choice([1, 2, 7, 8, 9, 129, 1280, generator.randint(1, 4096)])
+        expected = native(intermediate_dim, candidate.cluster_size, candidate.rows_per_stage, candidate.num_stages)
+        assert plan.shared_memory_bytes(candidate, intermediate_dim) == expected, (candidate, intermediate_dim)
+        compared += 1
+    assert compared == 2000
