@@ -25,7 +25,7 @@ def changed(name: str, check: str, line: str, old: str, new: str, **options: Any
     return Fault(name, check, line, line.replace(old, new), **options)
 
 
-_INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(lane), items_per_tile);"
+_INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);"
 _CLUSTER_ARRIVE = "  ptx::barrier_cluster_arrive_relaxed();\n"
 _CLUSTER_WAIT = "  ptx::barrier_cluster_wait();\n\n  // ---- Consumers ----"
 _EARLY_ARRIVAL = (
@@ -42,7 +42,7 @@ _WAIT_SLOT = "if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(parti
 _FOLD = "const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);"
 _RELEASE_STAGE = "        ptx::syncwarp();\n        if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));"
 _EPILOGUE_DEPENDENCE = "they may still be reading.\n  ptx::griddepcontrol_wait();"
-_EPILOGUE_LOOP = "for (uint32_t tile = 0; tile < num_tiles; ++tile) {\n    if (tile % tiles_per_window == 0) {"
+_EPILOGUE_LOOP = "for (uint32_t tile = 0; tile < num_tiles; ++tile) {\n    if (tile == window_end_tile) {"
 _EXPECT_SLOT = (
     "if (kClusterSize > 1 && lane == 0) {\n"
     "      ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
@@ -94,10 +94,15 @@ FAULTS = (
     Fault(
         "the last stage's barriers are not initialised",
         "barrier not initialised",
-        "if (lane < plan.num_stages) {",
-        "if (lane + 1 < plan.num_stages) {",
+        "stage_idx < plan.num_stages; ++stage_idx",
+        "stage_idx + 1 < plan.num_stages; ++stage_idx",
     ),
-    Fault("barriers are initialised without the fence", "barrier not visible", "    ptx::fence_mbarrier_init();\n", ""),
+    Fault(
+        "barriers are initialised without the fence",
+        "barrier not visible",
+        "mbarrier_init(activation_barrier, 1);\n    ptx::fence_mbarrier_init();",
+        "mbarrier_init(activation_barrier, 1);",
+    ),
     Fault("consumers do not wait for the cluster", "barrier not visible", _CLUSTER_WAIT, "  // ---- Consumers ----"),
     Fault(
         "a rank writes to another that may not have started",
