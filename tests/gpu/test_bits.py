@@ -1,0 +1,172 @@
+"""The native kernel and the Numba kernel against the specification on the CPU, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_same_bits, bits_of
+from gpu_cases import DEVICE, check_native, gpu_case, on_device, run_guarded
+
+import mlpdown
+from mlpdown import native_backend, reference
+from mlpdown import plan as plans
+from mlpdown.cases import KINDS, TORCH_DTYPES, make_case
+from mlpdown.plan import RTX_5090, Device, Plan, check_plan, choose_plan
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = sorted(TORCH_DTYPES)
+PYTHIA_SHAPES = [(512, 2048), (768, 3072), (1024, 4096), (2048, 8192), (2560, 10240), (4096, 16384), (5120, 20480)]
+COMMON_SHAPES = [(4096, 11008), (4096, 14336), (3584, 18944)]
+RAGGED_SHAPES = [
+    *itertools.product((1, 2, 31, 129), (8, 16, 56, 64, 72, 1032)),
+    (2561, 10248),
+    (1, 32768),
+    (1001, 32760),
+    (65537, 264),
+    (262144, 2048),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), PYTHIA_SHAPES + COMMON_SHAPES)
+def test_shapes_of_models(hidden_dim: int, intermediate_dim: int, dtype: str, kind: str) -> None:
+    check_native(hidden_dim, intermediate_dim, dtype, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), RAGGED_SHAPES)
+def test_ragged_shapes(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
+    check_native(hidden_dim, intermediate_dim, dtype, "cancelling")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_size_with_every_row_its_own(dtype: str) -> None:
+    case = make_case(2560, 10240, dtype, "cancelling", seed=1)
+    assert_same_bits(bits_of(run_guarded(case.tensors(DEVICE))), case.expected_bits(), dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", [(), ("attn_output",), ("bias",), ("attn_output", "bias")])
+@pytest.mark.parametrize("kind", ["ordinary", "special"])
+def test_optional_tensors(dtype: str, absent: tuple[str, ...], kind: str) -> None:
+    tensors, expected = gpu_case(1027, 1288, dtype, kind, absent=absent)
+    assert_same_bits(bits_of(run_guarded(tensors)), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (300, 1032), (1500, 10240)])
+def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
+    device = native_backend.device_properties(torch.cuda.current_device())
+    tensors, bits = gpu_case(hidden_dim, intermediate_dim, dtype)
+    expected = on_device(bits)
+    wrong: list[tuple[Plan, int]] = []
+    chosen = plans_that_fit(intermediate_dim, device)
+    for plan in chosen:
+        num_wrong = int((run_guarded(tensors, plan=plan).view(torch.int16) != expected).sum())
+        if num_wrong:
+            wrong.append((plan, num_wrong))
+    assert not wrong, f"{len(wrong)} of {len(chosen)} plans change bits, e.g. {wrong[:4]}"
+    for cluster_size, rows_per_warp in plans.instantiations():
+        pair = [plan for plan in chosen if (plan.cluster_size, plan.rows_per_warp) == (cluster_size, rows_per_warp)]
+        assert len(pair) >= 10, (cluster_size, rows_per_warp)
+
+
+def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
+    """Every combination of a few values of each field that is a plan for this device; the two switches take turns."""
+    fitting = []
+    switches = itertools.cycle(itertools.product((False, True), (True, False)))
+    fields = ((1, 3, 8, 13), (1, 2, 5, 16), (1, 3, 4, 8, 16))
+    for (cluster_size, rows_per_warp), values in itertools.product(plans.instantiations(), itertools.product(*fields)):
+        rows_per_stage, num_stages, num_consumer_warps = values
+        weight_prefetch, dependent_launch = next(switches)
+        plan = Plan(
+            cluster_size=cluster_size,
+            rows_per_warp=rows_per_warp,
+            rows_per_stage=rows_per_stage,
+            num_stages=num_stages,
+            num_consumer_warps=num_consumer_warps,
+            weight_prefetch=weight_prefetch,
+            dependent_launch=dependent_launch,
+        )
+        try:
+            check_plan(plan, intermediate_dim, device)
+        except ValueError:
+            continue
+        fitting.append(plan)
+    return fitting
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), PYTHIA_SHAPES + COMMON_SHAPES)
+def test_rtx_5090s_plan_on_this_gpu(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
+    check_native(hidden_dim, intermediate_dim, dtype, "cancelling", choose_plan(hidden_dim, intermediate_dim, RTX_5090))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+def test_a_thousand_repeats_give_the_same_bits(dtype: str, weight_prefetch: bool) -> None:
+    tensors, bits = gpu_case(2560, 10240, dtype)
+    expected = on_device(bits)
+    num_wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        out = mlpdown.run(*tensors, backend="native", weight_prefetch=weight_prefetch)
+        num_wrong += (out.view(torch.int16) != expected).sum()
+    assert int(num_wrong) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_result_owes_nothing_to_the_memory_it_gets(dtype: str) -> None:
+    tensors, expected = gpu_case(2560, 2048, dtype)
+    for _ in range(20):
+        poisoned = torch.full_like(tensors[0], float("nan"))
+        del poisoned  # torch's allocator hands this memory out again
+        assert_same_bits(bits_of(mlpdown.run(*tensors, backend="native")), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (127, 1032), (512, 10240)])
+def test_partial_sums(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
+    case = make_case(hidden_dim, intermediate_dim, dtype, "cancelling", seed=2)
+    _, _, mlp_intermediate, weight, _ = case.tensors(DEVICE)
+    assert mlp_intermediate is not None and weight is not None
+    expected = reference.partial_sums(case.mlp_intermediate, case.weight)
+    for backend in ("native", "numba", "auto"):
+        actual = mlpdown.partial_sums(mlp_intermediate, weight, backend=backend).cpu().numpy()
+        np.testing.assert_array_equal(actual.view(np.int32), expected.view(np.int32), err_msg=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim", "num_tokens"), [(1, 8, 1), (127, 1032, 3), (2560, 2048, 1)])
+def test_numba_kernel(hidden_dim: int, intermediate_dim: int, num_tokens: int, dtype: str, kind: str) -> None:
+    case = make_case(hidden_dim, intermediate_dim, dtype, kind, 3, num_tokens)
+    for absent in ((), ("attn_output", "bias")):
+        part = case.without(*absent)
+        out = run_guarded(part.tensors(DEVICE), backend="numba")  # type: ignore[arg-type]
+        assert_same_bits(bits_of(out), part.expected_bits(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(600,), (1, 600), (1, 1, 600)])
+def test_auto_takes_native_for_one_token(dtype: str, shape: tuple[int, ...]) -> None:
+    tensors, expected = gpu_case(600, 2048, dtype)
+    hidden_states, attn_output, mlp_intermediate, weight, bias = tensors
+    assert attn_output is not None
+    leading = shape[:-1]
+    out = mlpdown.run(
+        hidden_states.view(shape), attn_output.view(shape), mlp_intermediate.view(*leading, 2048), weight, bias
+    )
+    assert out.shape == shape
+    # PyTorch's own order gives other bits on these inputs.
+    assert_same_bits(bits_of(out), expected, dtype)
+
+
+def test_auto_takes_torch_for_more_tokens() -> None:
+    case = make_case(64, 256, "float16", num_tokens=3)
+    tensors = case.tensors(DEVICE)
+    assert torch.equal(mlpdown.run(*tensors), mlpdown.run(*tensors, backend="torch"))  # type: ignore[arg-type]
