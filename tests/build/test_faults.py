@@ -72,7 +72,7 @@ def test_lock_held_for_too_long_is_an_error_not_a_hang(tmp_path: Path, monkeypat
 
 
 def test_killed_build_leaves_nothing_in_the_way(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
-    fake_compilers.on_compile("sleep 3")
+    fake_compilers.on_compile("sleep 20")
     process = start_python(BUILD_IN_A_PROCESS)
     deadline = time.monotonic() + 30
     while fake_compilers.num_compilations == 0:
@@ -85,7 +85,7 @@ def test_killed_build_leaves_nothing_in_the_way(fake_compilers: FakeCompilers, t
     fake_compilers.on_compile("")
     started = time.monotonic()
     assert library.build(ONE_TARGET).origin == "built"
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 15  # and not when what the killed build left running ends
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
