@@ -12,7 +12,7 @@ import torch
 import mlpdown
 
 from .. import native_backend
-from ..plan import Plan
+from ..plan import Plan, choose_plan
 from .chain import Captured, Chain, Layer, Oracle, calls_for, check_same_bits
 from .peers import COMPILED, compile_layer, torch_layer
 from .results import Result, median
@@ -92,9 +92,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, settings: Se
     status = mlpdown.backends()["native"]
     if status.available:
         settings.progress("native")
-        default = native_plan(shape, device)
-        result.plan = dataclasses.asdict(default)
-        graphs.update(_native_graphs(chain, oracle, default))
+        plans = native_plans(shape, device)
+        result.plans = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
+        graphs.update(_native_graphs(chain, oracle, plans))
     else:
         result.missing["native"] = status.reason
 
@@ -130,10 +130,15 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, settings: Se
     return result
 
 
-def native_plan(shape: Shape, device: torch.device) -> Plan:
-    """The plan that the native kernel takes by default."""
+def native_plans(shape: Shape, device: torch.device) -> dict[str, Plan]:
+    """The plans that a caller gets: by default, with weight_prefetch, and by default but without dependent launch."""
     properties = native_backend.device_properties(device.index)
-    return mlpdown.plan.choose_plan(shape.hidden_dim, shape.intermediate_dim, properties)
+    default = choose_plan(shape.hidden_dim, shape.intermediate_dim, properties)
+    return {
+        "native_isolated": dataclasses.replace(default, dependent_launch=False),
+        "native_chained": default,
+        "native_chained_prefetch": choose_plan(shape.hidden_dim, shape.intermediate_dim, properties, weight_prefetch=True),
+    }
 
 
 def native_layer(plan: Plan) -> Layer:
@@ -141,12 +146,7 @@ def native_layer(plan: Plan) -> Layer:
     return functools.partial(mlpdown.run, backend="native", plan=plan)
 
 
-def _native_graphs(chain: Chain, oracle: Oracle, default: Plan) -> dict[str, Captured]:
-    plans = {
-        "native_isolated": dataclasses.replace(default, dependent_launch=False, weight_prefetch=False),
-        "native_chained": default,
-        "native_chained_prefetch": dataclasses.replace(default, weight_prefetch=True),
-    }
+def _native_graphs(chain: Chain, oracle: Oracle, plans: dict[str, Plan]) -> dict[str, Captured]:
     graphs = {name: Captured(functools.partial(chain.run, native_layer(plan))) for name, plan in plans.items()}
     for graph in graphs.values():
         graph.replay()
@@ -189,8 +189,8 @@ def _measure_on_cpu(shape: Shape, dtype: torch.dtype, device: torch.device, sett
     oracle = Oracle(chain)
     candidates: dict[str, Callable[[], object]] = {}
     for name, status in mlpdown.backends().items():
-        if not status.available:
-            result.missing[name] = status.reason
+        if name == "native" or not status.available:
+            result.missing[name] = "measured on CUDA devices only" if status.available else status.reason
             continue
         settings.progress(name)
         layer: Layer = functools.partial(mlpdown.run, backend=name)

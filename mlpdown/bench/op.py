@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.plans:
             status = mlpdown.backends()["native"]
             if device.type != "cuda" or not status.available:
-                raise ValueError(f"--plans needs the native kernel: {status.reason}")
+                raise ValueError(f"--plans needs the native kernel: {status.reason if not status.available else f'not on {device}'}")
     except KeyError as error:
         return _refuse(f"dtype must be one of {', '.join(DTYPES)}, got {error}")
     except (ValueError, RuntimeError) as error:

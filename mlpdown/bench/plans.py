@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import native_backend
 from ..plan import CLUSTER_SIZES, MAX_ROWS_PER_STAGE, MAX_STAGES, ROWS_PER_WARP, Device, Plan, check_plan
 from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
-from .measure import native_layer, native_plan
+from .measure import native_layer, native_plans
 from .results import median
 from .shapes import Shape
 from .timing import time_replays
@@ -53,7 +53,7 @@ def sweep(
     properties = native_backend.device_properties(device.index)
     num_calls = num_calls or calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
     chain = Chain.make(shape, dtype, device, num_calls, seed)
-    expected = chain.run(native_layer(native_plan(shape, device)))
+    expected = chain.run(native_layer(native_plans(shape, device)["native_chained"]))
     Oracle(chain).check_bits("the default plan", expected)
     rows: list[dict[str, Any]] = []
     plans = list(grid(shape, properties))

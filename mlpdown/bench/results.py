@@ -12,7 +12,7 @@ The file is one object:
         weight_bytes    of one call
         num_calls       calls of a chain, each over another weight
         floor_us        weight_bytes at the steady read rate; null without a GPU
-        plan            what the native kernel ran with; null without it
+        plans           native candidate -> its plan; null without the native kernel
         timings         name -> [microseconds a call, one sample a replay]
         cpu_cost        name -> [microseconds of the CPU a call, one sample a batch]
         missing         name -> why it was not measured
@@ -55,7 +55,7 @@ class Result:
     weight_bytes: int
     num_calls: int
     floor_us: float | None = None
-    plan: dict[str, Any] | None = None
+    plans: dict[str, dict[str, Any]] | None = None
     timings: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     cpu_cost: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
