@@ -13,7 +13,7 @@ from .plan import Device, Plan, check_plan, choose_plan
 
 MINIMUM_COMPUTE_CAPABILITY = (9, 0)
 
-PlanArguments = tuple[int, int, int, int, int, bool, bool]
+PlanArguments = tuple[int, int, int, int, int, int, bool, bool]
 
 
 # The op's overloads, once the library is loaded: globals, because a look-up in torch.ops costs more.
@@ -97,6 +97,7 @@ def _plan_arguments(hidden_dim: int, intermediate_dim: int, device_index: int, p
         plan.rows_per_stage,
         plan.num_stages,
         plan.num_consumer_warps,
+        plan.rows_in_registers,
         plan.weight_prefetch,
         plan.dependent_launch,
     )

@@ -1,7 +1,8 @@
 """The plan: everything that decides how fast the native kernel runs, and nothing that decides what it computes.
 
-The values that the kernel needs at compile time are listed once, in :data:`CLUSTER_SIZES` and :data:`ROWS_PER_WARP`; the build
-instantiates every pair of them.
+There are two kernels, of one arithmetic: the ring (``native/mlp_down.cuh``) and registers (``native/mlp_down_registers.cuh``). The values
+that they need at compile time are listed once, in :data:`CLUSTER_SIZES`, :data:`ROWS_PER_WARP` and :data:`ROWS_IN_REGISTERS`; the build
+instantiates every pair of the first two, and each of the third.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ BYTES_PER_ELEMENT = 2
 
 CLUSTER_SIZES = (1, 2, 4, 8)
 ROWS_PER_WARP = (1, 2, 4)
+ROWS_IN_REGISTERS = (1, 2, 4)
 MAX_ROWS_PER_STAGE = 32
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 
+SMALL_WEIGHT_BYTES = 16 * 2**20
+STAGE_BYTES = 40 * 2**10
+MIN_STAGES = 3
+
+_LISTS = {"cluster_size": "CLUSTER_SIZES", "rows_per_warp": "ROWS_PER_WARP", "rows_in_registers": "ROWS_IN_REGISTERS"}
 _BARRIER_BYTES = 8
-_NUM_PARTIAL_SLOTS = 8
+_NUM_PARTIAL_SLOTS = 16
 
 
 def instantiations() -> list[tuple[int, int]]:
-    """``(cluster_size, rows_per_warp)`` of every kernel that the build compiles, for each dtype."""
+    """``(cluster_size, rows_per_warp)`` of every ring kernel that the build compiles, for each dtype."""
     return list(itertools.product(CLUSTER_SIZES, ROWS_PER_WARP))
 
 
@@ -67,6 +74,14 @@ class Plan:
     """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
     dependent_launch: bool = True
     """Start while the kernel before is still draining (programmatic dependent launch). Safe always: reads wait for that kernel."""
+    rows_in_registers: int = 0
+    """0 for the ring. 1, 2 or 4 for the kernel that lands so many rows of weights a CTA in registers; the ring's members then mean
+    nothing."""
+
+    @classmethod
+    def in_registers(cls, rows: int, *, weight_prefetch: bool = False, dependent_launch: bool = True) -> Plan:
+        """A plan for the kernel that lands ``rows`` (1, 2 or 4) rows a CTA in registers."""
+        return cls(1, 1, 1, 1, 1, weight_prefetch, dependent_launch, rows)
 
 
 def shared_memory_bytes(plan: Plan, intermediate_dim: int) -> int:
@@ -88,17 +103,18 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
         "rows_per_stage": range(1, MAX_ROWS_PER_STAGE + 1),
         "num_stages": range(1, MAX_STAGES + 1),
         "num_consumer_warps": range(1, MAX_CONSUMER_WARPS + 1),
+        "rows_in_registers": (0, *ROWS_IN_REGISTERS),
     }
     for name, values in allowed.items():
         value = getattr(plan, name)
         if type(value) is not int or value not in values:
-            expected = f"{values.start} to {values.stop - 1}" if isinstance(values, range) else f"one of {list(values)} (mlpdown.plan.{name.upper()}{'S' if name == 'cluster_size' else ''})"
+            expected = f"{values.start} to {values.stop - 1}" if isinstance(values, range) else f"one of {list(values)} (mlpdown.plan.{_LISTS[name]})"
             raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
-    items_per_tile = -(-plan.rows_per_stage // plan.rows_per_warp) * (NUM_SEGMENTS // plan.cluster_size)
-    tiles_at_once = -(-plan.num_consumer_warps // items_per_tile)
-    if tiles_at_once > 1 and (plan.num_consumer_warps % items_per_tile or plan.num_stages % tiles_at_once or _NUM_PARTIAL_SLOTS % tiles_at_once):
+    if plan.rows_in_registers:
+        return
+    if not _warps_share_out_tiles(plan):
         raise ValueError(
-            f"plan.num_consumer_warps must be at most the {items_per_tile} items of a tile (rows_per_stage / rows_per_warp rounded up, times "
+            f"plan.num_consumer_warps must be at most the {_items_per_tile(plan)} items of a tile (rows_per_stage / rows_per_warp rounded up, times "
             f"8 / cluster_size), or a multiple of them that divides num_stages {plan.num_stages}, got {plan.num_consumer_warps}"
         )
     needed = shared_memory_bytes(plan, intermediate_dim)
@@ -111,24 +127,45 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
-    """The plan for a shape on a device.
+    """The plan for a shape on a device. Measured on an H200; ``native/NOTES.md`` has the figures.
 
-    Stages of about 40 KB in a ring that takes all the shared memory there is: on an H200, smaller stages cost up to 40 %. Clusters of
-    4 keep enough copies in flight with 120 of 132 SMs and let each CTA wait for a quarter of the row only.
+    A small weight is over before a ring has been set up: registers. For the others the ring, with the smallest cluster that leaves room
+    for a few stages: CTAs that need nothing of each other start and end sooner.
     """
-    cluster_size = 4
-    slice_bytes = _slice_bytes(cluster_size, intermediate_dim)
-    stage_bytes = min(40 * 1024, device.shared_memory_per_block // 4)
-    rows_per_stage = max(1, min(MAX_ROWS_PER_STAGE, stage_bytes // slice_bytes))
-    rows_per_warp = 2 if rows_per_stage >= 8 else 1
-    rows_per_stage -= rows_per_stage % rows_per_warp
-    plan = Plan(cluster_size, rows_per_warp, rows_per_stage, 1, 8, weight_prefetch)
-    num_stages = MAX_STAGES
-    while num_stages > 1 and shared_memory_bytes(dataclasses.replace(plan, num_stages=num_stages), intermediate_dim) > device.shared_memory_per_block:
-        num_stages -= 1
-    plan = dataclasses.replace(plan, num_stages=num_stages)
+    if hidden_dim * intermediate_dim * BYTES_PER_ELEMENT <= SMALL_WEIGHT_BYTES:
+        return Plan.in_registers(4, weight_prefetch=weight_prefetch)
+    plans = [_ring_plan(cluster_size, intermediate_dim, device, weight_prefetch) for cluster_size in CLUSTER_SIZES]
+    plan = next((plan for plan in plans if plan.num_stages >= MIN_STAGES), plans[-1])
     check_plan(plan, intermediate_dim, device)
     return plan
+
+
+def _ring_plan(cluster_size: int, intermediate_dim: int, device: Device, weight_prefetch: bool) -> Plan:
+    slice_bytes = _slice_bytes(cluster_size, intermediate_dim)
+    stage_bytes = min(STAGE_BYTES, device.shared_memory_per_block // 4)
+    rows_per_stage = max(1, min(MAX_ROWS_PER_STAGE, stage_bytes // slice_bytes))
+    rows_per_warp = 2 if rows_per_stage > 1 else 1
+    rows_per_stage -= rows_per_stage % rows_per_warp
+    plan = Plan(cluster_size, rows_per_warp, rows_per_stage, 1, 8, weight_prefetch)
+    ring_bytes = device.shared_memory_per_block - shared_memory_bytes(dataclasses.replace(plan, num_stages=0), intermediate_dim)
+    num_stages = max(1, min(MAX_STAGES, (ring_bytes - 2 * _BARRIER_BYTES * MAX_STAGES) // (rows_per_stage * slice_bytes)))
+    plan = dataclasses.replace(plan, num_stages=num_stages)
+    while not _warps_share_out_tiles(plan):
+        plan = dataclasses.replace(plan, num_consumer_warps=plan.num_consumer_warps - 1)
+    return plan
+
+
+def _items_per_tile(plan: Plan) -> int:
+    return -(-plan.rows_per_stage // plan.rows_per_warp) * (NUM_SEGMENTS // plan.cluster_size)
+
+
+def _warps_share_out_tiles(plan: Plan) -> bool:
+    """Whether the consumer warps find work in one tile, or share out several whole ones that lie together in the ring."""
+    items_per_tile = _items_per_tile(plan)
+    tiles_at_once = -(-plan.num_consumer_warps // items_per_tile)
+    return tiles_at_once == 1 or not (
+        plan.num_consumer_warps % items_per_tile or plan.num_stages % tiles_at_once or _NUM_PARTIAL_SLOTS % tiles_at_once
+    )
 
 
 def _slice_bytes(cluster_size: int, intermediate_dim: int) -> int:

@@ -24,6 +24,7 @@
 #pragma once
 
 #include <arithmetic.cuh>
+#include <epilogue.cuh>
 #include <problem.h>
 #include <ptx.cuh>
 #include <shared_layout.h>
@@ -81,7 +82,7 @@ MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity
 }
 
 template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
-MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
+MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
   // ---- Sizes ----
   constexpr uint32_t kSegmentsPerCta = kNumSegments / kClusterSize;
   constexpr uint32_t kVectorsInFlight = kRowsPerWarp == 4 ? 3 : 5;  // of each row: as many as the registers hold
@@ -128,6 +129,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
   // ---- Barriers ----
   // By one lane each of the warps that need them first: the producer can then fill its ring without waiting for anyone.
   if (warp_idx == kProducerWarp && lane == 0) {
+#pragma unroll 1  // the launch waits for these instructions to be fetched: fewer are faster
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
       ptx::mbarrier_init(full_barriers(stage_idx), 1);
       ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);
@@ -136,6 +138,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     ptx::fence_mbarrier_init();
   }
   if (warp_idx == kEpilogueWarp && lane == 0) {
+#pragma unroll 1
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
       ptx::mbarrier_init(partials_full(slot_idx), kClusterSize == 1 ? items_per_tile : 1);
       ptx::mbarrier_init(partials_empty(slot_idx), num_owners);
@@ -188,6 +191,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     ptx::barrier_cluster_wait();
     for (uint32_t tile = num_first_tiles; tile < num_tiles; ++tile) {
       ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+      ptx::syncwarp();  // all lanes have seen this phase: a late one could otherwise find it two phases on, and wait for ever
       load_tile(tile);
     }
     return;
@@ -238,9 +242,10 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
         const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);
 
         // Segment sums meet at the owner of the row.
-        if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
         const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
         if (lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows) {
+          // Only by lanes that the slot's next phase will wait for: others could miss it.
+          if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
           const uint32_t owner = tile_row % kClusterSize;
           const ptx::SharedAddress partial = partials(slot.idx, tile_row / kClusterSize, first_segment + segment);
           if constexpr (kClusterSize == 1) {
@@ -297,15 +302,8 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
     }
     wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);
     const bool owns_row = tile == window_first_tile + lane / owned_rows_per_tile && owned_row < num_owned_rows;
-    float segment_sums[kNumSegments] = {};
-    if (owns_row) {
-#pragma unroll
-      for (uint32_t half = 0; half < 2; ++half) {
-        const ptx::Vector sums = ptx::ld_shared(partials(slot.idx, owned_row, half * 4));
-#pragma unroll
-        for (uint32_t word = 0; word < 4; ++word) segment_sums[half * 4 + word] = ptx::float_from_bits(sums.words[word]);
-      }
-    }
+    SegmentSums sums = {};
+    if (owns_row) sums = load_segment_sums(partials(slot.idx, owned_row, 0));
     // The slot is free for the tile kNumPartialSlots later, at every rank. Without such a tile nobody waits, and the rank may be gone.
     ptx::syncwarp();
     if (tile + kNumPartialSlots < num_tiles && lane < kClusterSize) {
@@ -316,17 +314,7 @@ MLPDOWN_KERNEL(kMaxThreads) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, M
       }
     }
 
-    if (owns_row) {
-      float total = sum_segments(segment_sums);
-      if (problem.is_partial_sums) {
-        ptx::st_global(static_cast<float*>(problem.out) + row, total);
-      } else {
-        if (problem.bias) total = ptx::add_rn(total, DType::to_float(bias));
-        if (problem.attn_output) total = ptx::add_rn(total, DType::to_float(attn_output));
-        total = ptx::add_rn(total, DType::to_float(hidden_states));
-        ptx::st_global(static_cast<uint16_t*>(problem.out) + row, DType::round_once(total));
-      }
-    }
+    if (owns_row) write_row<DType>(problem, row, sums, bias, attn_output, hidden_states);
     slot.advance(kNumPartialSlots);
   }
 }

@@ -69,13 +69,14 @@ unsigned int plan_value(int64_t value) {
 }
 
 MlpDownPlan make_plan(int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                      bool weight_prefetch, bool dependent_launch) {
+                      int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
   MlpDownPlan plan = {};
   plan.cluster_size = plan_value(cluster_size);
   plan.rows_per_warp = plan_value(rows_per_warp);
   plan.rows_per_stage = plan_value(rows_per_stage);
   plan.num_stages = plan_value(num_stages);
   plan.num_consumer_warps = plan_value(num_consumer_warps);
+  plan.rows_in_registers = plan_value(rows_in_registers);
   plan.weight_prefetch = weight_prefetch;
   plan.dependent_launch = dependent_launch;
   return plan;
@@ -118,32 +119,32 @@ void launch_into(const Tensor& hidden_states, const OptionalTensor& attn_output,
 
 Tensor mlp_down_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
                      int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                     bool weight_prefetch, bool dependent_launch) {
+                     int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
   const Tensor out = torch::stable::empty_like(hidden_states);
   launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
-              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch), out);
+              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch), out);
   return out;
 }
 
 void mlp_down_out_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
                        int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                       bool weight_prefetch, bool dependent_launch, Tensor out) {
+                       int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch, Tensor out) {
   check_tensor(out, "out", weight, hidden_states.numel());
   STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
                       !overlap(out, weight) && !(bias && overlap(out, *bias)),
                   "out must not overlap an input");
   launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
-              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch), out);
+              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch), out);
 }
 
 Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage,
-                         int64_t num_stages, int64_t num_consumer_warps, bool weight_prefetch, bool dependent_launch) {
+                         int64_t num_stages, int64_t num_consumer_warps, int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
   MlpDownProblem problem = check_product(mlp_intermediate, weight);
   const int64_t size[] = {problem.hidden_dim};
   const Tensor out = torch::stable::new_empty(mlp_intermediate, torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Float);
   problem.out = out.data_ptr();
   problem.is_partial_sums = 1;
-  launch(problem, make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, weight_prefetch, dependent_launch),
+  launch(problem, make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch),
          weight.get_device_index());
   return out;
 }
@@ -151,7 +152,7 @@ Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t cluster
 }  // namespace
 
 #define MLPDOWN_PLAN_SCHEMA                                                                                                     \
-  "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, bool weight_prefetch, bool " \
+  "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, int rows_in_registers, bool weight_prefetch, bool " \
   "dependent_launch"
 
 STABLE_TORCH_LIBRARY(mlpdown, library) {

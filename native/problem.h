@@ -21,6 +21,7 @@ struct MlpDownProblem {
 
 // How fast, never what: mlpdown/plan.py says what each member is for and chooses it.
 struct MlpDownPlan {
+  unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the next five mean nothing
   unsigned int cluster_size;
   unsigned int rows_per_warp;
   unsigned int rows_per_stage;

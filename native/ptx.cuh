@@ -10,7 +10,7 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long;
 
 #define MLPDOWN_DEVICE __device__ __forceinline__
-#define MLPDOWN_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
+#define MLPDOWN_KERNEL(max_threads, min_ctas_per_sm) __global__ void __launch_bounds__(max_threads, min_ctas_per_sm)
 #define MLPDOWN_PARAMETER const __grid_constant__
 
 namespace ptx {
@@ -49,6 +49,8 @@ MLPDOWN_DEVICE uint32_t num_clusters() {
   return num;
 }
 
+MLPDOWN_DEVICE uint32_t cta_idx() { return blockIdx.x; }
+
 // ---- Warp ----------------------------------------------------------------------------------------------------------------------
 
 // All 32 lanes exchange a value with the lane whose index differs in the bits of lane_mask.
@@ -85,6 +87,26 @@ MLPDOWN_DEVICE uint16_t ld_global(const uint16_t* address) {
   uint16_t value;
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(value) : "l"(address) : "memory");
   return value;
+}
+
+// 16 bytes that nobody will read again: kept out of L1.
+MLPDOWN_DEVICE Vector ld_global_vector_no_allocate(const void* address) {
+  Vector v;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+// 16 bytes that the other CTAs of the SM read too.
+MLPDOWN_DEVICE Vector ld_global_vector(const void* address) {
+  Vector v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(address)
+               : "memory");
+  return v;
 }
 
 MLPDOWN_DEVICE void st_global(uint16_t* address, uint16_t value) {
@@ -170,6 +192,11 @@ MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAdd
                "r"(__float_as_uint(value)), "r"(barrier.value)
                : "memory");
 }
+
+// ---- CTA barrier --------------------------------------------------------------------------------------------------------------------
+
+// Every thread of the CTA waits for all others; what was written to shared memory before is visible after.
+MLPDOWN_DEVICE void bar_sync() { __syncthreads(); }
 
 // ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
 

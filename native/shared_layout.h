@@ -13,7 +13,7 @@ constexpr unsigned int kBarrierBytes = 8;
 constexpr unsigned int kMaxStages = 16;
 
 // How many tiles the ranks of a cluster may drift apart before one waits for another.
-constexpr unsigned int kNumPartialSlots = 8;
+constexpr unsigned int kNumPartialSlots = 16;
 
 // Offsets and sizes in bytes.
 struct SharedLayout {

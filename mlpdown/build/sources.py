@@ -54,7 +54,7 @@ def read_sources(folder: Path | None = None) -> Sources:
     if not any(path.suffix == ".cu" for path in paths):
         raise BuildError(f"the package's CUDA sources are missing from {folder}; reinstall mlpdown")
     files = {path.name: path.read_bytes() for path in paths}
-    files["instantiations.h"] = instantiations_header(plan.instantiations())
+    files["instantiations.h"] = instantiations_header(plan.instantiations(), plan.REGISTERS_ROWS)
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
@@ -67,11 +67,14 @@ def package_sources() -> Sources:
     return read_sources()
 
 
-def instantiations_header(instantiations: list[tuple[int, int]]) -> bytes:
-    """``<instantiations.h>``: a macro that applies another one to each ``(cluster_size, rows_per_warp)``."""
-    applications = " ".join(f"X({cluster_size}, {rows_per_warp})" for cluster_size, rows_per_warp in instantiations)
-    text = f"// Made from mlpdown/plan.py by the build.\n#pragma once\n#define MLPDOWN_FOR_EACH_INSTANTIATION(X) {applications}\n"
-    return text.encode()
+def instantiations_header(instantiations: list[tuple[int, int]], registers_rows: tuple[int, ...]) -> bytes:
+    """``<instantiations.h>``: macros that apply another one to each ``(cluster_size, rows_per_warp)``, and to each ``rows_in_registers``."""
+    ring = " ".join(f"X({cluster_size}, {rows_per_warp})" for cluster_size, rows_per_warp in instantiations)
+    registers = " ".join(f"X({rows})" for rows in registers_rows)
+    return (
+        "// Made from mlpdown/plan.py by the build.\n#pragma once\n"
+        f"#define MLPDOWN_FOR_EACH_INSTANTIATION(X) {ring}\n#define MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X) {registers}\n"
+    ).encode()
 
 
 def embedded_hash(library: bytes) -> str | None:
