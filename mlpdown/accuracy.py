@@ -54,7 +54,8 @@ def ulp(values: Float64Array, dtype: str) -> Float64Array:
     """The distance between neighbours of ``dtype`` around finite values, as if its exponents had no upper end."""
     form = FORMATS[dtype]
     _, exponent = np.frexp(values)  # values = fraction * 2**exponent, 0.5 <= |fraction| < 1
-    return np.ldexp(1.0, np.maximum(exponent - 1, form.minimum_exponent) - form.mantissa_bits)
+    exponent = np.where(values == 0, form.minimum_exponent, np.maximum(exponent - 1, form.minimum_exponent))
+    return np.ldexp(1.0, exponent - form.mantissa_bits)
 
 
 def errors_in_ulps(bits: npt.NDArray[np.uint16], oracle: Float64Array, dtype: str) -> Float64Array:
