@@ -85,7 +85,9 @@ class Plan:
 
 
 def shared_memory_bytes(plan: Plan, intermediate_dim: int) -> int:
-    """Shared memory of one CTA, as ``native/shared_layout.h`` lays it out."""
+    """Shared memory of one CTA: the ring's as ``native/shared_layout.h`` lays it out, or the sums alone."""
+    if plan.rows_in_registers:
+        return plan.rows_in_registers * NUM_SEGMENTS * 4
     slice_bytes = _slice_bytes(plan.cluster_size, intermediate_dim)
     owned_rows_per_slot = -(-plan.rows_per_stage // plan.cluster_size)
     num_barriers = 2 * plan.num_stages + 2 * _NUM_PARTIAL_SLOTS + 1

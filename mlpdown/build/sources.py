@@ -54,7 +54,7 @@ def read_sources(folder: Path | None = None) -> Sources:
     if not any(path.suffix == ".cu" for path in paths):
         raise BuildError(f"the package's CUDA sources are missing from {folder}; reinstall mlpdown")
     files = {path.name: path.read_bytes() for path in paths}
-    files["instantiations.h"] = instantiations_header(plan.instantiations(), plan.REGISTERS_ROWS)
+    files["instantiations.h"] = instantiations_header(plan.instantiations(), plan.ROWS_IN_REGISTERS)
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
