@@ -12,7 +12,16 @@ import torch
 from rich.table import Table
 
 from .. import native_backend
-from ..plan import CLUSTER_SIZES, MAX_ROWS_PER_STAGE, MAX_STAGES, ROWS_PER_WARP, Device, Plan, check_plan
+from ..plan import (
+    CLUSTER_SIZES,
+    MAX_ROWS_PER_STAGE,
+    MAX_STAGES,
+    ROWS_IN_REGISTERS,
+    ROWS_PER_WARP,
+    Device,
+    Plan,
+    check_plan,
+)
 from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
 from .measure import native_layer, native_plans
 from .results import median
@@ -25,7 +34,9 @@ CONSUMER_WARPS = (4, 8, 12, 16)
 
 
 def grid(shape: Shape, device: Device) -> Iterator[Plan]:
-    """Plans that fit: every cluster size, rows per warp, size of a stage and number of warps, with all the stages there is room for."""
+    """Plans that fit: of the ring every cluster size, rows per warp, size of a stage and number of warps, with all the stages there is room
+    for; and all of the kernel that lands weights in registers."""
+    yield from (Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS)
     seen = set()
     for cluster_size, rows_per_warp, stage_kilobytes, num_warps in itertools.product(
         CLUSTER_SIZES, ROWS_PER_WARP, STAGE_KILOBYTES, CONSUMER_WARPS
@@ -78,15 +89,16 @@ def sweep(
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """All plans, and at each end of the table the fastest: chained at the top, isolated marked."""
+    """All plans, in the order of :func:`sweep`; the fastest isolated one is marked."""
     result = Table(title=title, title_justify="left")
-    for heading in ("cluster", "rows/warp", "rows/stage", "stages", "warps", "chained us", "isolated us"):
+    for heading in ("registers", "cluster", "rows/warp", "rows/stage", "stages", "warps", "chained us", "isolated us"):
         result.add_column(heading, justify="right")
     isolated = [median(row["isolated"]) for row in rows if "isolated" in row]
     for row in rows:
         plan = row["plan"]
-        names = ("cluster_size", "rows_per_warp", "rows_per_stage", "num_stages", "num_consumer_warps")
-        cells = [str(plan[name]) for name in names]
+        ring = ("cluster_size", "rows_per_warp", "rows_per_stage", "num_stages", "num_consumer_warps")
+        in_registers = plan["rows_in_registers"]
+        cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(str(plan[name]) for name in ring)]
         if "error" in row:
             cells += [row["error"], ""]
         else:

@@ -15,14 +15,18 @@ import torch
 
 import mlpdown
 from gpu.weight_writer import write_late
-from mlpdown import native_backend
 from mlpdown.cases import Case, make_case
-from mlpdown.plan import choose_plan
+from mlpdown.plan import CLUSTER_SIZES, ROWS_IN_REGISTERS, Plan
 
 pytestmark = pytest.mark.gpu
 
 NUM_CALLS = 10_000
 SHAPE = (2560, 10240)
+
+
+def _ring(cluster_size: int) -> Plan:
+    """A ring that is small enough for every GPU, with 8 items for 8 warps in every tile."""
+    return Plan(cluster_size, rows_per_warp=1, rows_per_stage=cluster_size, num_stages=3, num_consumer_warps=8)
 
 
 class Alternating:
@@ -99,18 +103,21 @@ def test_prefetch_reads_nothing_early_but_the_weight(name: str, record_property:
     assert (wrong_calls, wrong_elements) == (0, 0)
 
 
-@pytest.mark.parametrize("cluster_size", [1, 2, 4, 8])
-def test_weight_written_just_before_the_call_under_every_cluster_size(cluster_size: int) -> None:
-    device = native_backend.device_properties(torch.cuda.current_device())
-    default = choose_plan(*SHAPE, device)
-    # Stages of the default's size in bytes, or a little less.
-    rows_per_stage = max(1, default.rows_per_stage * cluster_size // default.cluster_size // 2)
-    plan = dataclasses.replace(default, cluster_size=cluster_size, rows_per_warp=1, rows_per_stage=rows_per_stage)
-
+@pytest.mark.parametrize("plan", [*(_ring(size) for size in CLUSTER_SIZES), *map(Plan.in_registers, ROWS_IN_REGISTERS)], ids=str)
+def test_weight_written_just_before_the_call_under_every_kernel(plan: Plan) -> None:
     def call(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
         return mlpdown.run(**arguments, backend="native", plan=plan)
 
     assert Alternating("weight").run(call, NUM_CALLS // 20) == (0, 0)
+
+
+@pytest.mark.parametrize("rows", ROWS_IN_REGISTERS)
+@pytest.mark.parametrize("name", ["mlp_intermediate", "hidden_states"])
+def test_prefetch_into_registers_reads_nothing_early_but_the_weight(rows: int, name: str) -> None:
+    def call(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+        return mlpdown.run(**arguments, backend="native", plan=Plan.in_registers(rows, weight_prefetch=True))
+
+    assert Alternating(name).run(call, NUM_CALLS // 20) == (0, 0)
 
 
 @functools.cache
