@@ -173,7 +173,7 @@ def _golden_findings(folder: Path) -> Findings:
 # In the order in which they run: what the others rest on first, what is slow last.
 STAGES = {
     "build": Stage(150, lambda folder: _python("-m", "mlpdown", "build", "--json"), _build_findings),
-    "check": _json_stage(60, "check.json", "-m", "mlpdown", "check", key="check"),
+    "check": _json_stage(90, "check.json", "-m", "mlpdown", "check", key="check"),
     "accuracy": _json_stage(90, "accuracy.json", "-m", "mlpdown.receipt_accuracy", key="shapes"),
     "goldens": Stage(
         60, lambda folder: _python("-m", "mlpdown.receipt_goldens", "--out", str(folder / "goldens")), _golden_findings

@@ -136,18 +136,24 @@ def check_same_bits(name: str, outs: Sequence[torch.Tensor], expected: Sequence[
 
 
 class Captured:
-    """Work in a CUDA graph: run once to warm up, once to be captured, then replayed."""
+    """Work in a CUDA graph: run once to warm up, once to be captured, then replayed.
+
+    ``torch.cuda.graph`` would do, but for the garbage collection before each capture, which takes longer than a whole measurement.
+    """
 
     def __init__(self, work: Callable[[], list[torch.Tensor]]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
+            torch.cuda.synchronize()
+            self.graph.capture_begin()
+            try:
+                self.outs = work()
+            finally:
+                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outs = work()
 
     def replay(self) -> None:
         self.graph.replay()

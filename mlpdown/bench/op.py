@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile-seconds", type=float, default=45.0, help="time for all of torch.compile's compilations (45)")
     parser.add_argument("--plans", action="store_true", help="instead, time a grid of plans of the native kernel at each shape")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    parser.add_argument("--commit", help="the commit to write down, where the checkout does not say")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample and what it was made on")
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)"
@@ -96,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _measure(
     arguments: argparse.Namespace, shapes: list[Shape], dtypes: list[torch.dtype], device: torch.device, progress: Progress
 ) -> Report:
-    report = Report(machine.describe())
+    report = Report(_machine(arguments))
     task = progress.add_task("steady read", total=len(shapes) * len(dtypes))
     if device.type == "cuda":
         progress.refresh()
@@ -134,7 +136,7 @@ def _sweep(
     progress: Progress,
     console: Console,
 ) -> Report:
-    report = Report(machine.describe(), plans=[])
+    report = Report(_machine(arguments), plans=[])
     assert report.plans is not None
     task = progress.add_task("plans", total=len(shapes) * len(dtypes))
     for shape in shapes:
@@ -147,13 +149,18 @@ def _sweep(
             rows = plans.sweep(shape, dtype, device, arguments.calls, arguments.seed, tell)
             measured = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim, "dtype": name}
             report.plans += [{**measured, **row} for row in rows]
-            console.print(plans.table(rows, f"{shape} {name}: median microseconds a call, fastest chained first; * fastest isolated"))
+            console.print(plans.table(rows, f"{shape} {name}: median microseconds a call, {len(rows)} plans; * fastest isolated"))
             progress.advance(task)
             torch.cuda.empty_cache()
     return report
 
 
-def validity(report: Report) -> dict[str, object]:
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    facts = machine.describe()
+    return {**facts, "commit": arguments.commit or facts["commit"]}
+
+
+def validity(report: Report) -> dict[str, Any]:
     """Whether this machine's yardsticks are what they should be, where that is known: on an H200, at Pythia-2.8B's shape in float16."""
     gpu = report.machine["gpu"]
     if report.steady_read is None or gpu is None or "H200" not in gpu:

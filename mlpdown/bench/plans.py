@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from .. import native_backend
@@ -29,6 +30,7 @@ from .shapes import Shape
 from .timing import time_replays
 
 NUM_ROUNDS = 10
+NUM_SHOWN = 20
 STAGE_KILOBYTES = (10, 20, 30, 40, 50, 66)
 CONSUMER_WARPS = (4, 8, 12, 16)
 
@@ -89,21 +91,22 @@ def sweep(
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """All plans, in the order of :func:`sweep`; the fastest isolated one is marked."""
-    result = Table(title=title, title_justify="left")
+    """The fastest plans chained and the fastest isolated, in the order of :func:`sweep`; and those that were refused, without times."""
+    timed = [row for row in rows if "isolated" in row]
+    by_isolated = sorted(timed, key=lambda row: median(row["isolated"]))
+    shown = [row for row in rows if row in timed[:NUM_SHOWN] or row in by_isolated[:NUM_SHOWN] or "error" in row]
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("registers", "cluster", "rows/warp", "rows/stage", "stages", "warps", "chained us", "isolated us"):
         result.add_column(heading, justify="right")
-    isolated = [median(row["isolated"]) for row in rows if "isolated" in row]
-    for row in rows:
+    ring = ("cluster_size", "rows_per_warp", "rows_per_stage", "num_stages", "num_consumer_warps")
+    for row in shown:
         plan = row["plan"]
-        ring = ("cluster_size", "rows_per_warp", "rows_per_stage", "num_stages", "num_consumer_warps")
         in_registers = plan["rows_in_registers"]
         cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(str(plan[name]) for name in ring)]
         if "error" in row:
             cells += [row["error"], ""]
         else:
-            fastest = median(row["isolated"]) == min(isolated)
-            cells += [f"{median(row['chained']):.2f}", f"{median(row['isolated']):.2f}{' *' if fastest else ''}"]
+            cells += [f"{median(row['chained']):.2f}", f"{median(row['isolated']):.2f}{' *' if row is by_isolated[0] else ''}"]
         result.add_row(*cells)
     return result
 
