@@ -11,11 +11,11 @@ from mlpdown import native_backend
 from mlpdown.plan import H200, choose_plan
 
 PLAN_SCHEMA = (
-    "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, bool weight_prefetch, "
-    "bool dependent_launch"
+    "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, "
+    "int rows_in_registers, bool weight_prefetch, bool dependent_launch"
 )
 TENSORS = "Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias"
-PLAN = (4, 1, 4, 4, 8, False, True)
+PLAN = (4, 1, 4, 4, 8, 0, False, True)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 

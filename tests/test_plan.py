@@ -36,10 +36,18 @@ def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device
     chosen = choose_plan(hidden_dim, intermediate_dim, device)
     check_plan(chosen, intermediate_dim, device)
     assert plan.shared_memory_bytes(chosen, intermediate_dim) <= device.shared_memory_per_block
-    assert (chosen.cluster_size, chosen.rows_per_warp) in plan.instantiations()
     assert not chosen.weight_prefetch, "reading the weight early is for the caller to allow"
-    # With one stage nothing is in flight while a stage is being summed.
-    assert chosen.num_stages >= 2
+    if chosen.rows_in_registers:
+        assert chosen.rows_in_registers in plan.ROWS_IN_REGISTERS
+    else:
+        assert (chosen.cluster_size, chosen.rows_per_warp) in plan.instantiations()
+        # With one stage nothing is in flight while a stage is being summed.
+        assert chosen.num_stages >= 2
+
+
+def test_large_weights_take_the_ring_and_small_ones_registers() -> None:
+    assert choose_plan(2560, 10240, H200).rows_in_registers == 0
+    assert choose_plan(512, 2048, H200).rows_in_registers > 0
 
 
 def test_chosen_plan_prefetches_when_asked() -> None:
@@ -71,6 +79,7 @@ def test_instantiations_are_every_pair_once() -> None:
         ("rows_per_stage", [0, 33, -4, 4.0], "1 to 32"),
         ("num_stages", [0, 17, -1, None], "1 to 16"),
         ("num_consumer_warps", [0, 17, "8"], "1 to 16"),
+        ("rows_in_registers", [3, -1, 8, 2.0], r"one of \[0, 1, 2, 4\] \(mlpdown\.plan\.ROWS_IN_REGISTERS\)"),
     ],
 )
 def test_wrong_values_name_what_is_allowed(field: str, values: list[object], words: str) -> None:
@@ -78,6 +87,32 @@ def test_wrong_values_name_what_is_allowed(field: str, values: list[object], wor
     for value in values:
         with pytest.raises(ValueError, match=rf"^plan\.{field} must be {words}, got {value!r}$"):
             check_plan(dataclasses.replace(GOOD, **{field: value}), 1024, H200)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_stage", "num_stages", "num_consumer_warps", "possible"),
+    [
+        (4, 4, 8, True),
+        (3, 4, 8, False),
+        (3, 4, 6, True),
+        (3, 4, 12, True),
+        (3, 3, 12, False),
+        (1, 4, 8, True),
+        (1, 4, 7, False),
+    ],
+)
+def test_warps_share_out_whole_tiles(
+    rows_per_stage: int, num_stages: int, num_consumer_warps: int, possible: bool
+) -> None:
+    """At a cluster size of 4 and a row a warp, a tile has two items of work for each of its rows."""
+    candidate = Plan(4, 1, rows_per_stage, num_stages, num_consumer_warps)
+    if possible:
+        check_plan(candidate, 1024, H200)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"^plan\.num_consumer_warps must be .* the {2 * rows_per_stage} items of a tile"
+        ):
+            check_plan(candidate, 1024, H200)
 
 
 def test_plan_too_large_for_the_device_says_by_how_much() -> None:

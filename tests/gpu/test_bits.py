@@ -71,6 +71,8 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
         if num_wrong:
             wrong.append((plan, num_wrong))
     assert not wrong, f"{len(wrong)} of {len(chosen)} plans change bits, e.g. {wrong[:4]}"
+    for rows in plans.ROWS_IN_REGISTERS:
+        assert sum(plan.rows_in_registers == rows for plan in chosen) == 4
     for cluster_size, rows_per_warp in plans.instantiations():
         pair = [plan for plan in chosen if (plan.cluster_size, plan.rows_per_warp) == (cluster_size, rows_per_warp)]
         assert len(pair) >= 10, (cluster_size, rows_per_warp)
@@ -78,7 +80,11 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
 
 def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
     """Every combination of a few values of each field that is a plan for this device; the two switches take turns."""
-    fitting = []
+    fitting = [
+        Plan.in_registers(rows, weight_prefetch=weight_prefetch, dependent_launch=dependent_launch)
+        for rows in plans.ROWS_IN_REGISTERS
+        for weight_prefetch, dependent_launch in itertools.product((False, True), (False, True))
+    ]
     switches = itertools.cycle(itertools.product((False, True), (True, False)))
     fields = ((1, 3, 8, 13), (1, 2, 5, 16), (1, 3, 4, 8, 16))
     for (cluster_size, rows_per_warp), values in itertools.product(plans.instantiations(), itertools.product(*fields)):
@@ -99,6 +105,16 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
             continue
         fitting.append(plan)
     return fitting
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["ordinary", "special"])
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (131, 72), (1027, 32760), (2560, 10240)])
+def test_both_kernels_at_every_kind_of_shape(hidden_dim: int, intermediate_dim: int, kind: str, dtype: str) -> None:
+    """Which one a shape gets is the plan's affair; each must do for all."""
+    ring = Plan(cluster_size=8, rows_per_warp=1, rows_per_stage=2, num_stages=3, num_consumer_warps=2)
+    for plan in (ring, *(Plan.in_registers(rows) for rows in plans.ROWS_IN_REGISTERS)):
+        check_native(hidden_dim, intermediate_dim, dtype, kind, plan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
