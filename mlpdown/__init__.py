@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from .patching import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["BackendStatus", "MLPDown", "Plan", "backends", "partial_sums", "patch", "pythia_2b8_mlp_only", "run", "unpatch"]
+__all__ = [
+    "BackendStatus",
+    "MLPDown",
+    "Plan",
+    "backends",
+    "partial_sums",
+    "patch",
+    "pythia_2b8_mlp_only",
+    "run",
+    "unpatch",
+]
 
 _LAZY = {"MLPDown": "module", "patch": "patching", "unpatch": "patching"}
 

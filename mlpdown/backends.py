@@ -30,7 +30,11 @@ def backends() -> dict[str, BackendStatus]:
 
     Finding out about ``native`` loads its library, and builds it if there is a compiler and no library yet.
     """
-    return {"native": _native_status(), "numba": _numba_status(), "torch": BackendStatus(True, f"torch {torch.__version__}")}
+    return {
+        "native": _native_status(),
+        "numba": _numba_status(),
+        "torch": BackendStatus(True, f"torch {torch.__version__}"),
+    }
 
 
 def native_refusal_here(device_index: int | None = None) -> Exception | None:
@@ -38,7 +42,9 @@ def native_refusal_here(device_index: int | None = None) -> Exception | None:
     if torch.version.cuda is None:
         return RuntimeError("backend 'native' needs a torch built with CUDA, this one is " + torch.__version__)
     if not torch.cuda.is_available():
-        return RuntimeError("backend 'native' needs a CUDA GPU, torch finds none (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)")
+        return RuntimeError(
+            "backend 'native' needs a CUDA GPU, torch finds none (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)"
+        )
     refusal = native_backend.refusal_of_device(torch.cuda.current_device() if device_index is None else device_index)
     if refusal is not None:
         return refusal

@@ -61,7 +61,7 @@ def device_properties(device_index: int) -> Device:
         name=properties.name,
         compute_capability=(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
-        shared_memory_per_block=properties.shared_memory_per_block_optin,
+        shared_memory_per_block=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 
@@ -70,11 +70,15 @@ def refusal_of_device(device_index: int) -> Exception | None:
     device = device_properties(device_index)
     if device.compute_capability < MINIMUM_COMPUTE_CAPABILITY:
         capability, minimum = (".".join(map(str, c)) for c in (device.compute_capability, MINIMUM_COMPUTE_CAPABILITY))
-        return RuntimeError(f"backend 'native' needs a GPU of compute capability {minimum} or newer, {device.name} has {capability}")
+        return RuntimeError(
+            f"backend 'native' needs a GPU of compute capability {minimum} or newer, {device.name} has {capability}"
+        )
     return None
 
 
-def plan_arguments(hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool) -> PlanArguments:
+def plan_arguments(
+    hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool
+) -> PlanArguments:
     """The plan as the op takes it: the caller's, or the one chosen for the shape and device. Raises ValueError if it cannot run there."""
     return _plan_arguments(hidden_dim, intermediate_dim, device_index, plan, weight_prefetch)
 
@@ -84,7 +88,9 @@ plan_arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_arguments(hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool) -> PlanArguments:
+def _plan_arguments(
+    hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool
+) -> PlanArguments:
     device = device_properties(device_index)
     if plan is None:
         plan = choose_plan(hidden_dim, intermediate_dim, device, weight_prefetch=weight_prefetch)
@@ -131,12 +137,15 @@ def run(
     return out
 
 
-def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor, plan: Plan | None, weight_prefetch: bool) -> torch.Tensor:
+def partial_sums(
+    mlp_intermediate: torch.Tensor, weight: torch.Tensor, plan: Plan | None, weight_prefetch: bool
+) -> torch.Tensor:
     """As :func:`mlpdown.partial_sums`, with arguments that have been checked."""
     if _partial_sums is None:
         load()
     shape = (*mlp_intermediate.shape[:-1], weight.shape[0])
     if mlp_intermediate.numel() == 0:
         return torch.empty(shape, dtype=torch.float32, device=weight.device)
-    arguments = plan_arguments(*weight.shape, weight.get_device(), plan, weight_prefetch)
+    hidden_dim, intermediate_dim = weight.shape
+    arguments = plan_arguments(hidden_dim, intermediate_dim, weight.get_device(), plan, weight_prefetch)
     return _partial_sums(mlp_intermediate, weight, *arguments).view(shape)

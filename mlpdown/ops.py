@@ -60,7 +60,15 @@ def run(
         from .parallel import run_row_parallel
 
         result = run_row_parallel(
-            hidden_states, attn_output, mlp_intermediate, weight, bias, group=group, backend=backend, plan=plan, weight_prefetch=weight_prefetch
+            hidden_states,
+            attn_output,
+            mlp_intermediate,
+            weight,
+            bias,
+            group=group,
+            backend=backend,
+            plan=plan,
+            weight_prefetch=weight_prefetch,
         )
         return result if out is None else out.copy_(result)
 
@@ -188,7 +196,11 @@ def _refusal(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None)
     """Raise for arguments that no backend takes; return what only the native kernel refuses."""
     hidden_states, attn_output, mlp_intermediate, weight, bias = tensors
     validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)  # type: ignore[arg-type]
-    assert isinstance(hidden_states, torch.Tensor) and isinstance(mlp_intermediate, torch.Tensor) and isinstance(weight, torch.Tensor)
+    assert (
+        isinstance(hidden_states, torch.Tensor)
+        and isinstance(mlp_intermediate, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+    )
     refusal = validate.native_refusal(hidden_states, attn_output, mlp_intermediate, weight, bias)
     return refusal if refusal is not None else _refusal_of_device(weight.get_device())
 

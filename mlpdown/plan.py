@@ -23,8 +23,8 @@ MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 
 SMALL_WEIGHT_BYTES = 16 * 2**20
-STAGE_BYTES = 40 * 2**10
-MIN_STAGES = 3
+# A stage of four rows must not be larger; by whether the ring is filled ahead of the wait (many small stages) or not (few large ones).
+MAX_STAGE_BYTES = {True: 64 * 2**10, False: 88 * 2**10}
 
 _LISTS = {"cluster_size": "CLUSTER_SIZES", "rows_per_warp": "ROWS_PER_WARP", "rows_in_registers": "ROWS_IN_REGISTERS"}
 _BARRIER_BYTES = 8
@@ -110,14 +110,18 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
     for name, values in allowed.items():
         value = getattr(plan, name)
         if type(value) is not int or value not in values:
-            expected = f"{values.start} to {values.stop - 1}" if isinstance(values, range) else f"one of {list(values)} (mlpdown.plan.{_LISTS[name]})"
+            expected = (
+                f"{values.start} to {values.stop - 1}"
+                if isinstance(values, range)
+                else f"one of {list(values)} (mlpdown.plan.{_LISTS[name]})"
+            )
             raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
     if plan.rows_in_registers:
         return
     if not _warps_share_out_tiles(plan):
         raise ValueError(
-            f"plan.num_consumer_warps must be at most the {_items_per_tile(plan)} items of a tile (rows_per_stage / rows_per_warp rounded up, times "
-            f"8 / cluster_size), or a multiple of them that divides num_stages {plan.num_stages}, got {plan.num_consumer_warps}"
+            f"plan.num_consumer_warps must be at most the {_items_per_tile(plan)} items of a tile "
+            f"(rows_per_stage / rows_per_warp rounded up, times 8 / cluster_size), or a multiple of them that divides num_stages {plan.num_stages}, got {plan.num_consumer_warps}"
         )
     needed = shared_memory_bytes(plan, intermediate_dim)
     if needed > device.shared_memory_per_block:
@@ -129,32 +133,29 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
-    """The plan for a shape on a device. Measured on an H200; ``native/NOTES.md`` has the figures.
+    """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
 
-    A small weight is over before a ring has been set up: registers. For the others the ring, with the smallest cluster that leaves room
-    for a few stages: CTAs that need nothing of each other start and end sooner.
+    A small weight is over before a ring is set up: registers. For the others the ring, with as many rows in flight for each warp as make a
+    stage of the right size, in the smallest cluster in which two stages fit: CTAs that need nothing of each other start and end sooner.
     """
-    if hidden_dim * intermediate_dim * BYTES_PER_ELEMENT <= SMALL_WEIGHT_BYTES:
+    row_bytes = intermediate_dim * BYTES_PER_ELEMENT
+    if hidden_dim * row_bytes <= SMALL_WEIGHT_BYTES:
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
-    plans = [_ring_plan(cluster_size, intermediate_dim, device, weight_prefetch) for cluster_size in CLUSTER_SIZES]
-    plan = next((plan for plan in plans if plan.num_stages >= MIN_STAGES), plans[-1])
-    check_plan(plan, intermediate_dim, device)
-    return plan
+    max_stage_bytes = MAX_STAGE_BYTES[weight_prefetch]
+    fewest_rows_last = [rows for rows in reversed(ROWS_PER_WARP) if rows <= 2 or rows * row_bytes <= max_stage_bytes]
+    for rows, cluster_size in itertools.product(fewest_rows_last, CLUSTER_SIZES):
+        # Every consumer warp has one item of each tile: cluster_size row groups of 8 / cluster_size segments.
+        plan = Plan(cluster_size, rows, rows * cluster_size, 2, NUM_SEGMENTS, weight_prefetch)
+        if shared_memory_bytes(plan, intermediate_dim) <= device.shared_memory_per_block:
+            return _fill_shared_memory(plan, intermediate_dim, device)
+    # Two stages of a single row do not fit: registers, which need no shared memory for weights.
+    return Plan.in_registers(1, weight_prefetch=weight_prefetch)
 
 
-def _ring_plan(cluster_size: int, intermediate_dim: int, device: Device, weight_prefetch: bool) -> Plan:
-    slice_bytes = _slice_bytes(cluster_size, intermediate_dim)
-    stage_bytes = min(STAGE_BYTES, device.shared_memory_per_block // 4)
-    rows_per_stage = max(1, min(MAX_ROWS_PER_STAGE, stage_bytes // slice_bytes))
-    rows_per_warp = 2 if rows_per_stage > 1 else 1
-    rows_per_stage -= rows_per_stage % rows_per_warp
-    plan = Plan(cluster_size, rows_per_warp, rows_per_stage, 1, 8, weight_prefetch)
-    ring_bytes = device.shared_memory_per_block - shared_memory_bytes(dataclasses.replace(plan, num_stages=0), intermediate_dim)
-    num_stages = max(1, min(MAX_STAGES, (ring_bytes - 2 * _BARRIER_BYTES * MAX_STAGES) // (rows_per_stage * slice_bytes)))
-    plan = dataclasses.replace(plan, num_stages=num_stages)
-    while not _warps_share_out_tiles(plan):
-        plan = dataclasses.replace(plan, num_consumer_warps=plan.num_consumer_warps - 1)
-    return plan
+def _fill_shared_memory(plan: Plan, intermediate_dim: int, device: Device) -> Plan:
+    """The plan with as many stages as the device's shared memory holds."""
+    plans = (dataclasses.replace(plan, num_stages=num_stages) for num_stages in range(MAX_STAGES, 0, -1))
+    return next(plan for plan in plans if shared_memory_bytes(plan, intermediate_dim) <= device.shared_memory_per_block)
 
 
 def _items_per_tile(plan: Plan) -> int:
@@ -166,7 +167,9 @@ def _warps_share_out_tiles(plan: Plan) -> bool:
     items_per_tile = _items_per_tile(plan)
     tiles_at_once = -(-plan.num_consumer_warps // items_per_tile)
     return tiles_at_once == 1 or not (
-        plan.num_consumer_warps % items_per_tile or plan.num_stages % tiles_at_once or _NUM_PARTIAL_SLOTS % tiles_at_once
+        plan.num_consumer_warps % items_per_tile
+        or plan.num_stages % tiles_at_once
+        or _NUM_PARTIAL_SLOTS % tiles_at_once
     )
 
 

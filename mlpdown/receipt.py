@@ -1,6 +1,7 @@
 """One command that turns the claims about a GPU into a receipt: build, tests, bits, errors, goldens, hazards, sanitizers.
 
-    python -m mlpdown.receipt --out DIR        on a machine with a GPU, in a checkout; DIR/receipt.json is the receipt
+    python -m mlpdown.receipt --out DIR        on a machine with a GPU, in a checkout; DIR/receipt.json is the receipt,
+                                               DIR/goldens/*.json are the goldens
     python -m mlpdown.receipt --readme         write the figures of native/receipts/ into README.md
 
 The receipt is one JSON object: ``receipt`` ("gpu"), ``schema_version``, ``machine`` (see :mod:`mlpdown.bench.machine`) and ``stages``,
@@ -31,7 +32,9 @@ LOG_COLUMNS = 160
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 if a stage did not pass; 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m mlpdown.receipt", description="Make a receipt on a machine with a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpdown.receipt", description="Make a receipt on a machine with a GPU."
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for receipt.json, logs and goldens")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"with commas, of {','.join(STAGES)} (all)")
     parser.add_argument("--commit", help="the commit, where the checkout does not say")
@@ -41,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.readme:
         update_readme(repository)
         return 0
-    unknown = [name for name in arguments.stages.split(",") if name not in STAGES]
+    asked = arguments.stages.split(",")
+    unknown = [name for name in asked if name not in STAGES]
     if unknown:
         parser.error(f"--stages must be some of {', '.join(STAGES)}, got {', '.join(unknown)}")
     if arguments.out is None:
@@ -50,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"a receipt is made in a checkout, with its tests; {repository} has none")
     folder = arguments.out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    for name in asked:
+        if (folder / name).exists():
+            parser.error(f"--out must be a folder without {name}, got {folder}")
     facts = machine.describe()
     facts["commit"] = arguments.commit or facts["commit"]
     console = Console()
@@ -57,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         console = Console(width=LOG_COLUMNS)
     outcomes: dict[str, Outcome] = {}
     for name, stage in STAGES.items():
-        if name in arguments.stages.split(","):
+        if name in asked:
             console.print(f"{name} (at most {stage.limit_seconds:.0f} s) ...", highlight=False)
-            outcomes[name] = run_stage(name, stage, folder, repository)
+            outcomes[name] = run_stage(stage, folder / name, repository)
             # After each: if the machine goes, what is known stays.
             (folder / "receipt.json").write_text(json.dumps(_content(facts, outcomes), indent=1) + "\n")
     for name, outcome in outcomes.items():
@@ -76,7 +83,9 @@ def _content(facts: dict[str, Any], outcomes: dict[str, Outcome]) -> dict[str, A
 
 
 def _table(facts: dict[str, Any], outcomes: dict[str, Outcome]) -> Table:
-    title = f"{facts['gpu'] or 'no GPU'}, torch {facts['torch']}, commit {facts['commit'] or 'not known'}, {facts['date']}"
+    title = (
+        f"{facts['gpu'] or 'no GPU'}, torch {facts['torch']}, commit {facts['commit'] or 'not known'}, {facts['date']}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
     table.add_column("verdict")

@@ -82,7 +82,9 @@ def measure_accuracy(shape: Shape, dtype: str, seed: int) -> Accuracy:
 
 def main() -> int:
     """Run every shape and dtype. Returns 1 if a promise is broken somewhere, 2 without the native kernel."""
-    parser = argparse.ArgumentParser(prog="python -m mlpdown.receipt_accuracy", description="Bits and errors at every shape.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpdown.receipt_accuracy", description="Bits and errors at every shape."
+    )
     parser.add_argument("--json", type=Path, required=True, help="where to write them")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -97,7 +99,9 @@ def main() -> int:
                 row = measure_accuracy(shape, dtype, arguments.seed)
                 rows.append(row)
                 print(f"{shape} {dtype}: {'ok' if row.holds else 'BROKEN'} {row}", flush=True)
-                arguments.json.write_text(json.dumps([{**dataclasses.asdict(row), "holds": row.holds} for row in rows], indent=1) + "\n")
+                arguments.json.write_text(
+                    json.dumps([{**dataclasses.asdict(row), "holds": row.holds} for row in rows], indent=1) + "\n"
+                )
     return 0 if all(row.holds for row in rows) else 1
 
 

@@ -90,7 +90,9 @@ def read_golden(path: Path) -> Golden:
 
 def main() -> int:
     """Make every golden on this GPU. Returns 1 if one differs from the specification (it is written all the same), 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m mlpdown.receipt_goldens", description="Make the goldens on this machine's GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpdown.receipt_goldens", description="Make the goldens on this machine's GPU."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for them")
     arguments = parser.parse_args()
     import torch

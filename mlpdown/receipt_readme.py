@@ -127,5 +127,3 @@ def _made_on(machine: dict[str, Any]) -> str:
     if machine.get("commit"):
         words.append(f"commit {machine['commit']}")
     return f"{', '.join(words)}, {machine['date'][:10]}:"
-
-

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LOG_NAME = "log.txt"
+JUNIT_NAME = "tests.xml"
 LOG_TAIL_CHARACTERS = 2000
 HAZARD_TESTS = "tests/gpu/test_hazard.py"
 SANITIZER_TESTS = "tests/gpu/test_sanitizers.py"
@@ -27,7 +29,7 @@ class Stage:
 
     limit_seconds: float
     command: Callable[[Path], list[str]]
-    """Folder for files -> command line."""
+    """The stage's own folder -> command line."""
     findings: Callable[[Path], Findings]
     """The same folder -> what goes into the receipt. Raises OSError, ValueError or KeyError if the command left nothing to read."""
 
@@ -44,14 +46,20 @@ class Outcome:
     """The end of the output, unless it passed."""
 
 
-def run_stage(name: str, stage: Stage, folder: Path, repository: Path) -> Outcome:
-    """Run a stage; its whole output goes to ``folder/<name>.log``."""
-    log_path = folder / f"{name}.log"
+def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
+    """Run a stage in ``folder``, which must not be there yet: what lies in it then is this run's. The whole output goes to its ``log.txt``."""
+    folder.mkdir(parents=True)
+    log_path = folder / LOG_NAME
     begin = time.monotonic()
     with log_path.open("wb") as log:
         # A session of its own: what it has started ends with it.
         process = subprocess.Popen(
-            stage.command(folder), cwd=repository, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            stage.command(folder),
+            cwd=repository,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             verdict = "passed" if process.wait(stage.limit_seconds) == 0 else "failed"
@@ -85,17 +93,21 @@ def read_junit(path: Path) -> Findings:
         for element in case:
             if element.tag in ("failure", "error"):
                 outcome = "failed"
-                failures.append(f"{name}: {(element.get('message') or '').splitlines()[0] if element.get('message') else ''}"[:300])
+                failures.append(
+                    f"{name}: {(element.get('message') or '').splitlines()[0] if element.get('message') else ''}"[:300]
+                )
             elif element.tag == "skipped":
                 outcome = "skipped"
                 skipped.append(f"{name}: {element.get('message') or ''}"[:300])
             elif element.tag == "properties":
                 properties[name] = {item.get("name", ""): item.get("value", "") for item in element}
-        file_counts = counts.setdefault(case.get("classname", "").split(".Test")[0], {"passed": 0, "failed": 0, "skipped": 0})
+        file_counts = counts.setdefault(
+            case.get("classname", "").split(".Test")[0], {"passed": 0, "failed": 0, "skipped": 0}
+        )
         file_counts[outcome] += 1
     totals = {outcome: sum(c[outcome] for c in counts.values()) for outcome in ("passed", "failed", "skipped")}
-    if not counts:
-        raise ValueError(f"{path} holds no test")
+    if not totals["passed"] and not totals["failed"]:
+        raise ValueError(f"not one test ran, {totals['skipped']} were skipped: {skipped[0] if skipped else ''}")
     return {**totals, "files": counts, "failures": failures, "skips": skipped, "properties": properties}
 
 
@@ -123,7 +135,10 @@ def summarize(name: str, findings: Findings) -> str:
     if name == "goldens":
         return f"{len(findings['files'])} made"
     counted = f"{findings['passed']} passed, {findings['failed']} failed, {findings['skipped']} skipped"
-    details = [f"{test}: {', '.join(f'{key} {value}' for key, value in values.items())}" for test, values in findings["properties"].items()]
+    details = [
+        f"{test}: {', '.join(f'{key} {value}' for key, value in values.items())}"
+        for test, values in findings["properties"].items()
+    ]
     return "\n".join([counted, *details])
 
 
@@ -131,11 +146,13 @@ def _python(*words: str) -> list[str]:
     return [sys.executable, *words]
 
 
-def _pytest_stage(name: str, limit_seconds: float, *words: str) -> Stage:
+def _pytest_stage(limit_seconds: float, *words: str) -> Stage:
     def command(folder: Path) -> list[str]:
-        return _python("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={folder / name}.xml", *words)
+        return _python(
+            "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={folder / JUNIT_NAME}", *words
+        )
 
-    return Stage(limit_seconds, command, lambda folder: read_junit(folder / f"{name}.xml"))
+    return Stage(limit_seconds, command, lambda folder: read_junit(folder / JUNIT_NAME))
 
 
 def _json_stage(limit_seconds: float, file_name: str, *words: str, key: str) -> Stage:
@@ -147,7 +164,7 @@ def _json_stage(limit_seconds: float, file_name: str, *words: str, key: str) -> 
 
 
 def _build_findings(folder: Path) -> Findings:
-    text = (folder / "build.log").read_text()
+    text = (folder / LOG_NAME).read_text()
     built = json.loads(text[text.index("{\n") :])
     manifest = built["manifest"]
     spilled = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "local_bytes")
@@ -164,10 +181,10 @@ def _build_findings(folder: Path) -> Findings:
 
 
 def _golden_findings(folder: Path) -> Findings:
-    names = sorted(path.name for path in (folder / "goldens").glob("*.json"))
+    names = sorted(path.name for path in folder.glob("*.json"))
     if not names:
         raise ValueError("no golden was made")
-    return {"files": names, "log": (folder / "goldens.log").read_text().splitlines()}
+    return {"files": names, "log": (folder / LOG_NAME).read_text().splitlines()}
 
 
 # In the order in which they run: what the others rest on first, what is slow last.
@@ -176,9 +193,9 @@ STAGES = {
     "check": _json_stage(90, "check.json", "-m", "mlpdown", "check", key="check"),
     "accuracy": _json_stage(90, "accuracy.json", "-m", "mlpdown.receipt_accuracy", key="shapes"),
     "goldens": Stage(
-        60, lambda folder: _python("-m", "mlpdown.receipt_goldens", "--out", str(folder / "goldens")), _golden_findings
+        60, lambda folder: _python("-m", "mlpdown.receipt_goldens", "--out", str(folder)), _golden_findings
     ),
-    "tests": _pytest_stage("tests", 150, f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
-    "hazard": _pytest_stage("hazard", 90, HAZARD_TESTS),
-    "sanitizers": _pytest_stage("sanitizers", 200, SANITIZER_TESTS),
+    "tests": _pytest_stage(150, f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
+    "hazard": _pytest_stage(90, HAZARD_TESTS),
+    "sanitizers": _pytest_stage(200, SANITIZER_TESTS),
 }

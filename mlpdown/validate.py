@@ -25,12 +25,15 @@ def check_arguments(
     _check_last_dim("hidden_states", hidden_states, "hidden_dim", hidden_dim)
     if hidden_states.numel() != num_tokens * hidden_dim:
         raise ValueError(
-            f"hidden_states must have the {num_tokens} tokens of mlp_intermediate {list(mlp_intermediate.shape)}, got {list(hidden_states.shape)}"
+            f"hidden_states must have the {num_tokens} tokens of mlp_intermediate {list(mlp_intermediate.shape)}, "
+            f"got {list(hidden_states.shape)}"
         )
     if attn_output is not None:
         _check_like("attn_output", attn_output, weight)
         if attn_output.shape != hidden_states.shape:
-            raise ValueError(f"attn_output must have the shape of hidden_states, {list(hidden_states.shape)}, got {list(attn_output.shape)}")
+            raise ValueError(
+                f"attn_output must have the shape of hidden_states, {list(hidden_states.shape)}, got {list(attn_output.shape)}"
+            )
     if bias is not None:
         _check_like("bias", bias, weight)
         if bias.shape != (hidden_dim,):
@@ -38,7 +41,9 @@ def check_arguments(
     if out is not None:
         _check_like("out", out, weight)
         if out.shape != hidden_states.shape:
-            raise ValueError(f"out must have the shape of hidden_states, {list(hidden_states.shape)}, got {list(out.shape)}")
+            raise ValueError(
+                f"out must have the shape of hidden_states, {list(hidden_states.shape)}, got {list(out.shape)}"
+            )
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
         inputs = {
@@ -65,8 +70,8 @@ def check_product(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> None:
     hidden_dim, intermediate_dim = weight.shape
     if hidden_dim == 0 or intermediate_dim == 0 or intermediate_dim % VECTOR_SIZE != 0:
         raise ValueError(
-            f"weight must be [hidden_dim, intermediate_dim] with hidden_dim >= 1 and intermediate_dim a positive multiple of {VECTOR_SIZE}, "
-            f"got {list(weight.shape)}"
+            f"weight must be [hidden_dim, intermediate_dim] with hidden_dim >= 1 and intermediate_dim a "
+            f"positive multiple of {VECTOR_SIZE}, got {list(weight.shape)}"
         )
     _check_like("mlp_intermediate", mlp_intermediate, weight)
     if mlp_intermediate.dim() > 0 and mlp_intermediate.shape[-1] == hidden_dim != intermediate_dim:
@@ -90,10 +95,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def native_refusal(
@@ -108,7 +110,9 @@ def native_refusal(
     if refusal is None:
         for name, tensor in (("hidden_states", hidden_states), ("attn_output", attn_output), ("bias", bias)):
             if tensor is not None and not tensor.is_contiguous():
-                return ValueError(f"{name} must be contiguous for backend 'native', got strides {list(tensor.stride())}")
+                return ValueError(
+                    f"{name} must be contiguous for backend 'native', got strides {list(tensor.stride())}"
+                )
     return refusal
 
 
@@ -118,12 +122,16 @@ def native_product_refusal(mlp_intermediate: torch.Tensor, weight: torch.Tensor)
         return ValueError(f"weight must be on a CUDA device for backend 'native', got {weight.device}")
     num_tokens = mlp_intermediate.numel() // weight.shape[1]
     if num_tokens > 1:
-        return ValueError(f"mlp_intermediate must be one token for backend 'native', got {num_tokens} tokens: {list(mlp_intermediate.shape)}")
+        return ValueError(
+            f"mlp_intermediate must be one token for backend 'native', got {num_tokens} tokens: {list(mlp_intermediate.shape)}"
+        )
     for name, tensor in (("weight", weight), ("mlp_intermediate", mlp_intermediate)):
         if not tensor.is_contiguous():
             return ValueError(f"{name} must be contiguous for backend 'native', got strides {list(tensor.stride())}")
         if not torch.compiler.is_compiling() and tensor.data_ptr() % ALIGNMENT != 0:
-            return ValueError(f"{name} must be {ALIGNMENT}-byte aligned for backend 'native', got address {tensor.data_ptr():#x}")
+            return ValueError(
+                f"{name} must be {ALIGNMENT}-byte aligned for backend 'native', got address {tensor.data_ptr():#x}"
+            )
     return None
 
 
@@ -147,7 +155,8 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Extents from the first to the last element: exact for contiguous tensors, on the safe side for others.
     begins = [t.data_ptr() for t in (one, other)]
     ends = [
-        begin + t.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
+        begin
+        + t.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
         for begin, t in zip(begins, (one, other), strict=True)
     ]
     return begins[0] < ends[1] and begins[1] < ends[0]

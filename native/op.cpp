@@ -32,6 +32,16 @@ void check_tensor(const Tensor& tensor, const char* name, const Tensor& weight, 
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+void check_same_shape(const Tensor& tensor, const char* name, const Tensor& hidden_states) {
+  bool same = tensor.dim() == hidden_states.dim();
+  for (int64_t axis = 0; same && axis < tensor.dim(); ++axis) same = tensor.size(axis) == hidden_states.size(axis);
+  STD_TORCH_CHECK(same, name, " must have the shape of hidden_states");
+}
+
+void check_last_dim(const Tensor& tensor, const char* name, int64_t size) {
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == size, name, " must have a last dimension of ", size);
+}
+
 bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kAlignment == 0; }
 
 // The weight and the activation: what bulk copies read.
@@ -46,6 +56,7 @@ MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weigh
   STD_TORCH_CHECK(intermediate_dim >= 8 && intermediate_dim % 8 == 0 && intermediate_dim < (int64_t{1} << 24),
                   "intermediate_dim must be a positive multiple of 8 below 2**24, got ", intermediate_dim);
   check_tensor(mlp_intermediate, "mlp_intermediate", weight, intermediate_dim);
+  check_last_dim(mlp_intermediate, "mlp_intermediate", intermediate_dim);
   STD_TORCH_CHECK(is_aligned(weight) && is_aligned(mlp_intermediate), "weight and mlp_intermediate must be 16-byte aligned");
 
   MlpDownProblem problem = {};
@@ -108,8 +119,15 @@ void launch_into(const Tensor& hidden_states, const OptionalTensor& attn_output,
   MlpDownProblem problem = check_product(mlp_intermediate, weight);
   const int64_t hidden_dim = problem.hidden_dim;
   check_tensor(hidden_states, "hidden_states", weight, hidden_dim);
-  if (attn_output) check_tensor(*attn_output, "attn_output", weight, hidden_dim);
-  if (bias) check_tensor(*bias, "bias", weight, hidden_dim);
+  check_last_dim(hidden_states, "hidden_states", hidden_dim);
+  if (attn_output) {
+    check_tensor(*attn_output, "attn_output", weight, hidden_dim);
+    check_same_shape(*attn_output, "attn_output", hidden_states);
+  }
+  if (bias) {
+    check_tensor(*bias, "bias", weight, hidden_dim);
+    STD_TORCH_CHECK(bias->dim() == 1, "bias must have one dimension");
+  }
   problem.hidden_states = hidden_states.data_ptr();
   problem.attn_output = attn_output ? attn_output->data_ptr() : nullptr;
   problem.bias = bias ? bias->data_ptr() : nullptr;
@@ -130,6 +148,7 @@ void mlp_down_out_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor 
                        int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
                        int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch, Tensor out) {
   check_tensor(out, "out", weight, hidden_states.numel());
+  check_same_shape(out, "out", hidden_states);
   STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
                       !overlap(out, weight) && !(bias && overlap(out, *bias)),
                   "out must not overlap an input");

@@ -49,7 +49,17 @@ def mlp_down(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     out = np.zeros((mlp_intermediate.shape[0], weight.shape[0]), np.uint16)
-    _launch(machine, hidden_states, attn_output, mlp_intermediate, weight, bias, DTYPES[dtype], np.empty((0, 0), np.float32), out)
+    _launch(
+        machine,
+        hidden_states,
+        attn_output,
+        mlp_intermediate,
+        weight,
+        bias,
+        DTYPES[dtype],
+        np.empty((0, 0), np.float32),
+        out,
+    )
     return out
 
 
@@ -77,7 +87,9 @@ def _launch(
 ) -> None:
     num_tokens = mlp_intermediate.shape[0]
     if weight.ndim != 2 or weight.shape[1] % VECTOR_SIZE or weight.shape[1] == 0:
-        raise ValueError(f"weight must be [hidden_dim, intermediate_dim], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be [hidden_dim, intermediate_dim], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}"
+        )
     hidden_dim, intermediate_dim = weight.shape
     expected: list[tuple[str, Any, tuple[int, ...]]] = [
         ("hidden_states", hidden_states, (num_tokens, hidden_dim)),
@@ -102,8 +114,10 @@ def _launch(
 
         from . import kernel
 
-        if not config.ENABLE_CUDASIM:
-            raise RuntimeError("machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported")
+        if not getattr(config, "ENABLE_CUDASIM", False):
+            raise RuntimeError(
+                "machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported"
+            )
         absent_states, absent_bias = np.empty((0, 0), np.float32), np.empty(0, np.float32)
         kernel.launch(
             absent_states if hidden_states is None else hidden_states,

@@ -37,7 +37,20 @@ def _kernel() -> Callable[..., Any]:
     sum_lane, fold_lanes, sum_segments, add_residuals, round_once = a
 
     @compile_function
-    def mlp_down_rows(hidden_states, attn_output, has_attn_output, mlp_intermediate, weight, bias, has_bias, dtype, segment_length, rows, sums, out):
+    def mlp_down_rows(
+        hidden_states,
+        attn_output,
+        has_attn_output,
+        mlp_intermediate,
+        weight,
+        bias,
+        has_bias,
+        dtype,
+        segment_length,
+        rows,
+        sums,
+        out,
+    ):
         num_tokens, num_vectors = mlp_intermediate.shape[0], mlp_intermediate.shape[1] // 8
         lane_sums = np.empty(NUM_LANES, np.float32)
         segment_sums = np.empty(NUM_SEGMENTS, np.float32)

@@ -5,6 +5,9 @@ mechanism (the ring of stages, barriers, clusters), not arithmetic. It also runs
 simulator lacks: no shuffles, no clusters, no 16-bit types.
 """
 
+# Kernels are Python only to look at: Numba types them, not mypy.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools
@@ -64,7 +67,19 @@ def _kernel() -> Callable[..., Any]:
     sum_lane, fold_lanes, sum_segments, add_residuals, round_once = arithmetic(_machine())
 
     @cuda.jit
-    def mlp_down(hidden_states, attn_output, has_attn_output, mlp_intermediate, weight, bias, has_bias, dtype, segment_length, sums, out):
+    def mlp_down(
+        hidden_states,
+        attn_output,
+        has_attn_output,
+        mlp_intermediate,
+        weight,
+        bias,
+        has_bias,
+        dtype,
+        segment_length,
+        sums,
+        out,
+    ):
         # Sizes
         num_tokens, intermediate_dim = mlp_intermediate.shape
         num_vectors = intermediate_dim // VECTOR_SIZE
@@ -102,16 +117,41 @@ def _kernel() -> Callable[..., Any]:
                     value = total
                     row_bias = bias[row] if has_bias else total
                     row_attn_output = attn_output[token, row] if has_attn_output else total
-                    value = add_residuals(total, row_bias, has_bias, row_attn_output, has_attn_output, hidden_states[token, row])
+                    value = add_residuals(
+                        total, row_bias, has_bias, row_attn_output, has_attn_output, hidden_states[token, row]
+                    )
                     out[token, row] = round_once(value, dtype)
             cuda.syncthreads()
 
     return mlp_down
 
 
-def launch(hidden_states, attn_output, has_attn_output, mlp_intermediate, weight, bias, has_bias, dtype, segment_length, sums, out, stream=0):
+def launch(
+    hidden_states,
+    attn_output,
+    has_attn_output,
+    mlp_intermediate,
+    weight,
+    bias,
+    has_bias,
+    dtype,
+    segment_length,
+    sums,
+    out,
+    stream=0,
+):
     """Launch the kernel on arrays that live where the kernel runs (device arrays on a GPU, NumPy arrays in the simulator)."""
     grid = (weight.shape[0], min(mlp_intermediate.shape[0], MAX_TOKEN_BLOCKS))
     _kernel()[grid, NUM_THREADS, stream](
-        hidden_states, attn_output, has_attn_output, mlp_intermediate, weight, bias, has_bias, dtype, segment_length, sums, out
+        hidden_states,
+        attn_output,
+        has_attn_output,
+        mlp_intermediate,
+        weight,
+        bias,
+        has_bias,
+        dtype,
+        segment_length,
+        sums,
+        out,
     )

@@ -8,7 +8,8 @@ In prose, for one output element of one token:
 4.  A lane keeps 8 float32 accumulators, one for each position within a vector, all +0.0 at first. For each of its vectors, in rising
     order, ``accumulator[j] = fma(weight[j], activation[j], accumulator[j])``: a product that is not rounded, an addition that is.
 5.  The lane's sum is ``((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))``. A lane without vectors has the sum +0.0.
-6.  The segment's sum is a tree over its lanes: lane ``l`` adds lane ``l + 16``'s sum to its own, then ``l + 8``, ``l + 4``, ``l + 2``, ``l + 1``.
+6.  The segment's sum is a tree over its lanes: lane ``l`` adds lane ``l + 16``'s sum to its own, then that of ``l + 8``, ``l + 4``,
+    ``l + 2`` and ``l + 1``; the sum of lane 0 is the segment's.
 7.  The total is ``((((((s0 + s1) + s2) + s3) + s4) + s5) + s6) + s7`` over the segments, empty ones included.
 8.  The result is ``((total + bias) + attn_output) + hidden_states``; a tensor that is absent leaves its addition out.
 9.  That is rounded once, to nearest even, to float16 or bfloat16. A NaN becomes 0x7fff in both, whatever NaN it was.

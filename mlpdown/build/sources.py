@@ -68,7 +68,7 @@ def package_sources() -> Sources:
 
 
 def instantiations_header(instantiations: list[tuple[int, int]], registers_rows: tuple[int, ...]) -> bytes:
-    """``<instantiations.h>``: macros that apply another one to each ``(cluster_size, rows_per_warp)``, and to each ``rows_in_registers``."""
+    """``<instantiations.h>``: macros that apply another one to each ``(cluster_size, rows_per_warp)``, each ``rows_in_registers``."""
     ring = " ".join(f"X({cluster_size}, {rows_per_warp})" for cluster_size, rows_per_warp in instantiations)
     registers = " ".join(f"X({rows})" for rows in registers_rows)
     return (
