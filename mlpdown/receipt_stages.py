@@ -47,7 +47,7 @@ class Outcome:
 
 
 def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
-    """Run a stage in ``folder``, which must not be there yet: what lies in it then is this run's. The whole output goes to its ``log.txt``."""
+    """Run a stage in ``folder``, which must not be there yet: what lies in it is this run's, all that it printed in ``log.txt``."""
     folder.mkdir(parents=True)
     log_path = folder / LOG_NAME
     begin = time.monotonic()

@@ -33,7 +33,7 @@ def test_stage_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); print('begun', flush=True); time.sleep(60)"
     begin = time.monotonic()
-    outcome = run_stage("hangs", stage(code, 1.0), tmp_path, tmp_path)
+    outcome = run_stage(stage(code, 1.0), tmp_path / "hangs", tmp_path)
     assert outcome.verdict == "timed out" and "begun" in outcome.log_tail
     assert time.monotonic() - begin < 3
     time.sleep(3.5)
@@ -41,14 +41,14 @@ def test_stage_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
 
 
 def test_stage_that_fails_keeps_the_end_of_its_log(tmp_path: Path) -> None:
-    outcome = run_stage("fails", stage("raise SystemExit('the reason')"), tmp_path, tmp_path)
+    outcome = run_stage(stage("raise SystemExit('the reason')"), tmp_path / "fails", tmp_path)
     assert outcome.verdict == "failed" and "the reason" in outcome.log_tail
-    assert run_stage("passes", stage("pass"), tmp_path, tmp_path).verdict == "passed"
+    assert run_stage(stage("pass"), tmp_path / "passes", tmp_path).verdict == "passed"
 
 
 def test_stage_that_leaves_nothing_to_read_has_failed(tmp_path: Path) -> None:
     nothing = Stage(30, lambda folder: [sys.executable, "-c", "pass"], lambda folder: read_junit(folder / "absent.xml"))
-    outcome = run_stage("nothing", nothing, tmp_path, tmp_path)
+    outcome = run_stage(nothing, tmp_path / "nothing", tmp_path)
     assert outcome.verdict == "failed" and "absent.xml" in outcome.findings["unreadable"]
     assert "absent.xml" in summarize("tests", outcome.findings)
 
@@ -61,6 +61,13 @@ def test_junit_file_is_counted(tmp_path: Path) -> None:
     assert findings["failures"] == ["test_prefetch: assert 0 > 0"]
     assert findings["properties"] == {"test_default": {"calls_with_stale_bits": "0"}}
     assert "calls_with_stale_bits 0" in summarize("hazard", findings)
+
+
+def test_tests_that_were_all_skipped_show_nothing(tmp_path: Path) -> None:
+    case = '<testcase classname="a" name="b"><skipped message="no CUDA GPU"/></testcase>'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    with pytest.raises(ValueError, match="not one test ran, 1 were skipped: b: no CUDA GPU"):
+        read_junit(tmp_path / "tests.xml")
 
 
 def test_command_writes_the_receipt_and_fails_with_a_stage(
@@ -82,8 +89,11 @@ def test_command_writes_the_receipt_and_fails_with_a_stage(
     assert list(content["stages"]) == ["hazard"] and content["stages"]["hazard"]["findings"]["passed"] == 1
     broken = [sys.executable, "-c", "raise SystemExit('broken kernel')"]
     stages["tests"] = Stage(30, lambda folder: broken, lambda folder: read_junit(folder / "tests.xml"))
-    assert receipt.main(["--out", str(tmp_path), "--stages", "tests,hazard"]) == 1
+    assert receipt.main(["--out", str(tmp_path / "again"), "--stages", "tests,hazard"]) == 1
     assert "broken kernel" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        receipt.main(["--out", str(tmp_path), "--stages", "hazard"])
+    assert "without hazard" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--out", "x", "--stages", "test"], []])
@@ -105,7 +115,7 @@ def test_build_report_is_summed_up(tmp_path: Path) -> None:
     kernel = {"registers": 80, "spill_store_bytes": 0, "spill_load_bytes": 0, "stack_bytes": 0, "local_bytes": 0}
     manifest = {"compiler": "nvcc 13.0", "targets": ["sm_90"], "build_seconds": 9.5, "source_hash": "abc", "kernels": [kernel, kernel]}
     printed = json.dumps({"path": "x", "origin": "built", "manifest": manifest}, indent=1)
-    (tmp_path / "build.log").write_text(f"mlpdown: building\n{printed}\n")
+    (tmp_path / "log.txt").write_text(f"mlpdown: building\n{printed}\n")
     line = summarize("build", STAGES["build"].findings(tmp_path))
     assert line == "2 kernels, at most 80 registers, 0 bytes of local memory, 9.5 s (built)"
 
