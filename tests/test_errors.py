@@ -269,6 +269,7 @@ def fake_cuda() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -30,13 +30,13 @@ SHAPES = PYTHIA_SHAPES + COMMON_SHAPES + RAGGED_SHAPES
 GOOD = Plan(cluster_size=4, rows_per_warp=1, rows_per_stage=4, num_stages=4, num_consumer_warps=8)
 
 
+@pytest.mark.parametrize("weight_prefetch", [False, True])
 @pytest.mark.parametrize("device", [H200, RTX_5090], ids=lambda device: device.name)
 @pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), SHAPES)
-def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device) -> None:
-    chosen = choose_plan(hidden_dim, intermediate_dim, device)
+def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device, weight_prefetch: bool) -> None:
+    chosen = choose_plan(hidden_dim, intermediate_dim, device, weight_prefetch=weight_prefetch)
     check_plan(chosen, intermediate_dim, device)
     assert plan.shared_memory_bytes(chosen, intermediate_dim) <= device.shared_memory_per_block
-    assert not chosen.weight_prefetch, "reading the weight early is for the caller to allow"
     if chosen.rows_in_registers:
         assert chosen.rows_in_registers in plan.ROWS_IN_REGISTERS
     else:
@@ -50,9 +50,10 @@ def test_large_weights_take_the_ring_and_small_ones_registers() -> None:
     assert choose_plan(512, 2048, H200).rows_in_registers > 0
 
 
-def test_chosen_plan_prefetches_when_asked() -> None:
-    quiet, prefetching = (choose_plan(2560, 10240, H200, weight_prefetch=asked) for asked in (False, True))
-    assert prefetching == dataclasses.replace(quiet, weight_prefetch=True)
+def test_only_who_asks_gets_prefetch() -> None:
+    for hidden_dim, intermediate_dim in SHAPES:
+        assert choose_plan(hidden_dim, intermediate_dim, H200, weight_prefetch=True).weight_prefetch
+        assert not choose_plan(hidden_dim, intermediate_dim, H200).weight_prefetch
 
 
 def test_rtx_5090_has_99_kilobytes_a_block() -> None:
