@@ -31,7 +31,7 @@ from .timing import time_replays
 
 NUM_ROUNDS = 10
 NUM_SHOWN = 20
-STAGE_KILOBYTES = (10, 20, 30, 40, 50, 66)
+STAGE_KILOBYTES = (10, 20, 30, 40, 60, 80, 100)
 CONSUMER_WARPS = (4, 8, 12, 16)
 
 
