@@ -60,7 +60,7 @@ def resource_table(manifest: Manifest) -> Table:
         cell = f"{kernel['registers']} / {in_local_memory} / {kernel['static_shared_bytes']}"
         rows.setdefault(kernel["kernel"], {})[kernel["target"]] = cell
     table = Table(title="registers a thread / bytes of spills, stack and local memory / bytes of static shared memory")
-    table.add_column("mlp_down<dtype, cluster_size, rows_per_warp>")
+    table.add_column("kernel<dtype, compile-time values of the plan>", no_wrap=True)
     for target in machine_targets:
         table.add_column(target, justify="right")
     for name, cells in sorted(rows.items()):

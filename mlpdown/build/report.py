@@ -15,10 +15,8 @@ _STACK = re.compile(
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(?P<shared>\d+) bytes smem")
 _LOCAL = re.compile(r"(?P<local>\d+) bytes lmem")
-# mlp_down<Float16, 4u, 2u>, as the Itanium C++ ABI spells it.
-_KERNEL = re.compile(
-    r"_Z\d+(?P<name>mlp_down)I\d+(?P<dtype>[A-Za-z0-9]+?)Lj(?P<cluster_size>\d+)ELj(?P<rows_per_warp>\d+)EE"
-)
+# mlp_down<Float16, 4u, 2u> and the like, as the Itanium C++ ABI spells them.
+_KERNEL = re.compile(r"_Z\d+(?P<name>[a-z]\w*?)I\d+(?P<dtype>B?Float16)(?P<numbers>(?:Lj\d+E)+)E")
 
 
 @dataclasses.dataclass
@@ -85,4 +83,5 @@ def kernel_name(symbol: str) -> str:
     match = _KERNEL.match(symbol)
     if match is None:
         return symbol
-    return f"{match['name']}<{match['dtype']}, {match['cluster_size']}, {match['rows_per_warp']}>"
+    numbers = re.findall(r"Lj(\d+)E", match["numbers"])
+    return f"{match['name']}<{', '.join([match['dtype'], *numbers])}>"

@@ -69,9 +69,8 @@ class FakeCompilers:
         """What ptxas says: every kernel for each target."""
         lines = []
         for target in names:
-            for cluster_size, rows_per_warp in plan.instantiations():
-                for dtype in ("7Float16", "8BFloat16"):
-                    symbol = f"_Z8mlp_downI{dtype}Lj{cluster_size}ELj{rows_per_warp}EEv14MlpDownProblem11MlpDownPlan"
+            for dtype in ("7Float16", "8BFloat16"):
+                for symbol in _kernel_symbols(dtype):
                     lines += [
                         f"ptxas info    : Compiling entry function '{symbol}' for '{target}'",
                         f"    {stack_bytes} bytes stack frame, {stack_bytes} bytes spill stores, 0 bytes spill loads",
@@ -87,6 +86,15 @@ class FakeCompilers:
     def num_compilations(self) -> int:
         counted = self.folder / "compiled"
         return len(counted.read_text().splitlines()) if counted.exists() else 0
+
+
+def _kernel_symbols(dtype: str) -> list[str]:
+    """Every kernel of one dtype, as the compiler names it."""
+    ring = [
+        f"_Z8mlp_downI{dtype}Lj{cluster_size}ELj{rows_per_warp}EEv14MlpDownProblem11MlpDownPlan"
+        for cluster_size, rows_per_warp in plan.instantiations()
+    ]
+    return ring + [f"_Z18mlp_down_registersI{dtype}Lj{rows}EEv14MlpDownProblem" for rows in plan.ROWS_IN_REGISTERS]
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_spill_fails_the_build(fake_compilers: FakeCompilers) -> None:
 
 def test_kernel_that_the_compiler_left_out_fails_the_build(fake_compilers: FakeCompilers) -> None:
     fake_compilers.set_report(names=("sm_100",))
-    with pytest.raises(BuildError, match="reported 0 kernels for sm_90, 24 were to be compiled"):
+    with pytest.raises(BuildError, match=r"reported 0 kernels for sm_90, \d+ were to be compiled"):
         library.build(ONE_TARGET)
 
 

@@ -50,3 +50,15 @@ ptxas info    : Function properties for _Z8mlp_downI7Float16Lj8ELj4EEv14MlpDownP
 ptxas info    : Used 86 registers, used 1 barriers, 384 bytes smem, 16 bytes lmem
 """
     assert report.parse(log) == [report.KernelResources("sm_90", "mlp_down<Float16, 8, 4>", 86, 4, 12, 8, 16, 384)]
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("_Z8mlp_downI8BFloat16Lj4ELj2EEv14MlpDownProblem11MlpDownPlan", "mlp_down<BFloat16, 4, 2>"),
+        ("_Z18mlp_down_registersI7Float16Lj5EEv14MlpDownProblem", "mlp_down_registers<Float16, 5>"),
+        ("_Z5other", "_Z5other"),
+    ],
+)
+def test_kernels_have_their_names(symbol: str, name: str) -> None:
+    assert report.kernel_name(symbol) == name
