@@ -121,7 +121,8 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
     if not _warps_share_out_tiles(plan):
         raise ValueError(
             f"plan.num_consumer_warps must be at most the {_items_per_tile(plan)} items of a tile "
-            f"(rows_per_stage / rows_per_warp rounded up, times 8 / cluster_size), or a multiple of them that divides num_stages {plan.num_stages}, got {plan.num_consumer_warps}"
+            f"(rows_per_stage / rows_per_warp rounded up, times 8 / cluster_size), or a multiple of them that divides num_stages "
+            f"{plan.num_stages}, got {plan.num_consumer_warps}"
         )
     needed = shared_memory_bytes(plan, intermediate_dim)
     if needed > device.shared_memory_per_block:

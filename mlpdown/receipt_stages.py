@@ -19,6 +19,8 @@ JUNIT_NAME = "tests.xml"
 LOG_TAIL_CHARACTERS = 2000
 HAZARD_TESTS = "tests/gpu/test_hazard.py"
 SANITIZER_TESTS = "tests/gpu/test_sanitizers.py"
+# The specification on the CPU is most of the tests' time.
+MAX_TEST_PROCESSES = min(6, os.cpu_count() or 1)
 
 Findings = dict[str, Any]
 
@@ -195,7 +197,7 @@ STAGES = {
     "goldens": Stage(
         60, lambda folder: _python("-m", "mlpdown.receipt_goldens", "--out", str(folder)), _golden_findings
     ),
-    "tests": _pytest_stage(150, f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
+    "tests": _pytest_stage(150, "-n", str(MAX_TEST_PROCESSES), f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
     "hazard": _pytest_stage(90, HAZARD_TESTS),
     "sanitizers": _pytest_stage(200, SANITIZER_TESTS),
 }
