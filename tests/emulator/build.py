@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,17 +26,17 @@ MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # cloc
 MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "reports.cpp")
 
 
-def build(native: Path, instantiations: Iterable[tuple[int, int]], *, optimise: bool = True) -> Path:
-    """The library that emulates the kernel in the folder ``native``, for these pairs of cluster size and rows per warp.
+def build(native: Path, ring: list[tuple[int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:
+    """The library that emulates the kernels in the folder ``native``: of the ring, these pairs of cluster size and rows per warp; of
+    registers, these numbers of rows.
 
-    ``optimise=False`` compiles the kernel in half the time, for few and small launches.
+    ``optimise=False`` compiles the kernels in half the time, for few and small launches.
     """
-    listed = " ".join(
-        f"INSTANTIATION({cluster_size},{rows_per_warp})" for cluster_size, rows_per_warp in instantiations
+    for_each = (
+        "-DMLPDOWN_FOR_EACH_INSTANTIATION(X)=" + " ".join(f"X({cluster},{rows})" for cluster, rows in ring),
+        "-DMLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X)=" + " ".join(f"X({rows})" for rows in registers),
     )
-    kernel = _compile(
-        HERE / "launch.cpp", native, (f"-DMLPDOWN_INSTANTIATIONS={listed}", *(("-O2",) if optimise else ("-O0",)))
-    )
+    kernel = _compile(HERE / "launch.cpp", native, ("-O2" if optimise else "-O0", *for_each))
     objects = [kernel, *(_compile(HERE / source, NATIVE, MACHINE_FLAGS) for source in MACHINE_SOURCES)]
     library = _cache() / f"{_digest(objects)}.so"
     return _once(library, ("-shared", *map(str, objects)))

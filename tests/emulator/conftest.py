@@ -1,10 +1,10 @@
-"""The option for more schedules, and the kernel as it stands."""
+"""The option for more schedules, and the kernels as they stand."""
 
 from __future__ import annotations
 
 import pytest
 
-from mlpdown.plan import instantiations
+from mlpdown.plan import ROWS_IN_REGISTERS, instantiations
 
 from .launch import Kernel
 
@@ -28,4 +28,4 @@ def num_schedules(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
-    return Kernel(instantiations())
+    return Kernel(instantiations(), ROWS_IN_REGISTERS)

@@ -1,11 +1,12 @@
-// The C interface: one launch of the kernel, built from its own source, on the emulated machine.
+// The C interface: one launch of a kernel, built from its own source, on the emulated machine.
 #include <mlp_down.cuh>
+#include <mlp_down_registers.cuh>
 
 #include <cstdio>
 
 #include "machine.h"
 
-// MLPDOWN_INSTANTIATIONS, from the command line, lists what is compiled in as INSTANTIATION(cluster_size, rows_per_warp).
+// The two MLPDOWN_FOR_EACH macros, which the product gets from a header that its build makes, come from the command line.
 
 namespace {
 
@@ -16,19 +17,24 @@ struct Arguments {
 
 using Kernel = void (*)(const void* arguments);
 
-template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
+template <auto kKernel>
 void call(const void* arguments) {
   const Arguments& a = *static_cast<const Arguments*>(arguments);
-  mlp_down<DType, kClusterSize, kRowsPerWarp>(a.problem, a.plan);
+  kKernel(a.problem, a.plan);
 }
 
-Kernel find_kernel(const Arguments& a) {
-#define INSTANTIATION(cluster_size_, rows_per_warp_)                                            \
-  if (a.plan.cluster_size == cluster_size_ && a.plan.rows_per_warp == rows_per_warp_) {         \
-    return a.problem.is_bfloat16 ? &call<BFloat16, cluster_size_, rows_per_warp_> : &call<Float16, cluster_size_, rows_per_warp_>; \
+template <class DType>
+Kernel find_kernel(const MlpDownPlan& plan) {
+#define RING(cluster_size_, rows_per_warp_)                                                                           \
+  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_warp == rows_per_warp_) {    \
+    return &call<&mlp_down<DType, cluster_size_, rows_per_warp_>>;                                                    \
   }
-  MLPDOWN_INSTANTIATIONS
-#undef INSTANTIATION
+#define REGISTERS(rows_) \
+  if (plan.rows_in_registers == rows_) return &call<&mlp_down_registers<DType, rows_>>;
+  MLPDOWN_FOR_EACH_INSTANTIATION(RING)
+  MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(REGISTERS)
+#undef RING
+#undef REGISTERS
   return nullptr;
 }
 
@@ -38,11 +44,12 @@ SharedLayout layout_of(const Arguments& a) {
 
 std::string name_shared_memory(const void* arguments, uint32_t offset) {
   const Arguments& a = *static_cast<const Arguments*>(arguments);
-  const SharedLayout layout = layout_of(a);
   const auto element = [&](const char* array, uint32_t first, uint32_t bytes) {
     const uint32_t rest = (offset - first) % bytes;
     return array + ("[" + std::to_string((offset - first) / bytes) + "]") + (rest ? " + " + std::to_string(rest) + " bytes" : "");
   };
+  if (a.plan.rows_in_registers > 0) return element("partials row", 0, kNumSegments * sizeof(float));
+  const SharedLayout layout = layout_of(a);
   if (offset < layout.empty_barriers) return element("full_barriers", layout.full_barriers, kBarrierBytes);
   if (offset < layout.partials_full) return element("empty_barriers", layout.empty_barriers, kBarrierBytes);
   if (offset < layout.partials_empty) return element("partials_full", layout.partials_full, kBarrierBytes);
@@ -74,26 +81,32 @@ float emulator_cvt_f32_f16(uint16_t bits) { return ptx::cvt_f32_f16(bits); }
 uint16_t emulator_cvt_rn_f16_f32(float value) { return ptx::cvt_rn_f16_f32(value); }
 uint16_t emulator_cvt_rn_bf16_f32(float value) { return ptx::cvt_rn_bf16_f32(value); }
 
-// Nonzero if this build lacks the instantiation.
+// Nonzero if this build lacks the instantiation. num_clusters is the ring's: the other kernel has a CTA for every few rows.
 int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, EmulatorResult* result) {
   const Arguments arguments{*problem, *plan};
-  const Kernel kernel = find_kernel(arguments);
+  const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*plan) : find_kernel<Float16>(*plan);
   if (kernel == nullptr) return 1;
   const size_t vector_bytes = problem->hidden_dim * sizeof(uint16_t);
   const size_t activation_bytes = problem->intermediate_dim * sizeof(uint16_t);
-  emulator::Launch launch = {
-      .num_clusters = num_clusters,
-      .cluster_size = plan->cluster_size,
-      .num_threads = (kFirstConsumerWarp + plan->num_consumer_warps) * kNumLanes,
-      .shared_memory_bytes = layout_of(arguments).total_bytes,
-      .num_barriers = layout_of(arguments).activation_barrier / kBarrierBytes + 1,
-      .is_dependent = plan->dependent_launch != 0,
-      .seed = seed,
-      .tensors = {},
-      .kernel = kernel,
-      .arguments = &arguments,
-      .name_shared_memory = &name_shared_memory,
-  };
+  emulator::Launch launch = {};
+  if (const uint32_t num_rows = plan->rows_in_registers; num_rows > 0) {
+    launch.num_clusters = (problem->hidden_dim + num_rows - 1) / num_rows;
+    launch.cluster_size = 1;
+    launch.num_threads = kRegistersThreads;
+    launch.shared_memory_bytes = num_rows * kNumSegments * sizeof(float);
+  } else {
+    const SharedLayout layout = layout_of(arguments);
+    launch.num_clusters = num_clusters;
+    launch.cluster_size = plan->cluster_size;
+    launch.num_threads = (kFirstConsumerWarp + plan->num_consumer_warps) * kNumLanes;
+    launch.shared_memory_bytes = layout.total_bytes;
+    launch.num_barriers = layout.activation_barrier / kBarrierBytes + 1;
+  }
+  launch.is_dependent = plan->dependent_launch != 0;
+  launch.seed = seed;
+  launch.kernel = kernel;
+  launch.arguments = &arguments;
+  launch.name_shared_memory = &name_shared_memory;
   const auto add = [&](const char* name, const void* address, size_t num_bytes, bool is_output, bool may_be_read_early) {
     if (address != nullptr) launch.tensors.push_back({name, static_cast<char*>(const_cast<void*>(address)), num_bytes, is_output, may_be_read_early});
   };

@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +78,13 @@ def _structure(name: str) -> type[ctypes.Structure]:
 
 
 class Kernel:
-    """The kernel in a folder of sources, built for a host; ``instantiations`` are pairs of cluster size and rows per warp."""
+    """The kernels in a folder of sources, built for a host: ``ring`` are pairs of cluster size and rows per warp, ``registers`` are
+    rows in registers."""
 
     def __init__(
-        self, instantiations: Iterable[tuple[int, int]], native: Path = NATIVE, *, optimise: bool = True
+        self, ring: list[tuple[int, int]], registers: tuple[int, ...], native: Path = NATIVE, *, optimise: bool = True
     ) -> None:
-        self._library = ctypes.CDLL(str(build(native, instantiations, optimise=optimise)))
+        self._library = ctypes.CDLL(str(build(native, ring, registers, optimise=optimise)))
         for name in ("problem", "plan"):
             size = ctypes.sizeof(_structure(f"MlpDown{name.capitalize()}"))
             assert getattr(self._library, f"emulator_{name}_bytes")() == size
@@ -105,11 +105,11 @@ class Kernel:
             function.argtypes, function.restype = [ctypes.c_float], ctypes.c_uint16
 
     def launch(
-        self, inputs: Inputs, plan: Plan, *, num_clusters: int, seed: int, is_partial_sums: bool = False
+        self, inputs: Inputs, plan: Plan, *, seed: int, num_clusters: int = 1, is_partial_sums: bool = False
     ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.float32], Statistics]:
         """Run one call under the schedule that ``seed`` stands for.
 
-        Returns ``out``, ``[hidden_dim]``, as bits, or as float32 for partial sums; and what it took.
+        ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. Returns ``out``, ``[hidden_dim]``, as bits, or as float32 for partial sums; and what it took.
 
         Raises:
             ProtocolViolation: a check failed.

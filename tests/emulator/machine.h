@@ -1,6 +1,8 @@
 // The emulated machine: one cluster of CTAs at a time, its threads, shared memory, barriers, and what is under way.
 #pragma once
 
+#include <ptx.cuh>
+
 #include <array>
 #include <bitset>
 #include <cstdint>
@@ -10,7 +12,6 @@
 #include <vector>
 
 #include "clock.h"
-#include "primitives.h"
 
 namespace emulator {
 
@@ -56,7 +57,7 @@ struct Statistics {
 };
 
 // Runs all clusters, one after the other. Throws Violation.
-Statistics run(const Launch& launch);
+void run(const Launch& launch);
 
 // ---- What the machine consists of ------------------------------------------------------------------------------------------------
 
@@ -92,25 +93,6 @@ struct Mbarrier {
   Epoch last_landing(bool is_remote) const { return {static_cast<uint16_t>(actor + is_remote), static_cast<Time>(phase + 1)}; }
 };
 
-struct Cta {
-  uint32_t rank;
-  uint32_t num_alive;
-  uint32_t num_in_flight = 0;  // operations towards this CTA's shared memory
-  bool has_left = false;
-  std::vector<char> memory;
-  std::vector<Word> words;
-  std::map<uint32_t, Mbarrier> barriers = {};
-};
-
-// Where the lanes of a warp meet.
-struct Warp {
-  const char* operation = nullptr;
-  Where where = {};
-  std::bitset<kWarpSize> arrived, left;
-  std::array<uint32_t, kWarpSize> offered = {}, taken = {};
-  uint32_t priority = 0;
-};
-
 // A barrier of all threads of a group that have not left.
 struct GroupBarrier {
   uint32_t num_threads = 0;
@@ -119,6 +101,26 @@ struct GroupBarrier {
   int64_t generation = 0;
   Clock arrived, completed;
   std::vector<Thread*> waiting = {};
+};
+
+struct Cta {
+  uint32_t rank;
+  uint32_t num_alive;
+  uint32_t num_in_flight = 0;  // operations towards this CTA's shared memory
+  bool has_left = false;
+  std::vector<char> memory;
+  std::vector<Word> words;
+  std::map<uint32_t, Mbarrier> barriers = {};
+  GroupBarrier barrier = {};
+};
+
+// Where the lanes of a warp meet.
+struct Warp {
+  const char* operation = nullptr;
+  Where where = {};
+  std::bitset<kWarpSize> arrived, left;
+  std::array<float, kWarpSize> offered = {}, taken = {};
+  uint32_t priority = 0;
 };
 
 struct Thread {
@@ -152,7 +154,7 @@ struct Event {
   uint32_t offset = 0;
   const char* source = nullptr;
   uint32_t num_bytes = 0;
-  uint32_t value = 0;
+  float value = 0;
   Mbarrier* barrier = nullptr;
   Clock released = {};
   uint64_t sequence = 0;

@@ -2,16 +2,18 @@
 // the kernel as it stands. tests/emulator/__init__.py says what is modelled.
 #pragma once
 
-#include <primitives.h>
-
 #include <bit>
 #include <cmath>
+#include <cstdint>
+#include <source_location>
 
 #define MLPDOWN_DEVICE inline
-#define MLPDOWN_KERNEL(max_threads) void
+#define MLPDOWN_KERNEL(max_threads, min_ctas_per_sm) void
 #define MLPDOWN_PARAMETER const
 
 namespace emulator {
+
+using Where = std::source_location;  // the line of the kernel that called, for the reports
 
 // The nearest multiple, ties to even, of what the last of `digits` significant bits is worth, or of `smallest` below the normal range.
 inline double round_to_digits(double magnitude, int digits, double smallest) {
@@ -33,96 +35,49 @@ struct alignas(16) Vector {
 
 using SharedAddress = uint32_t;
 
+// The rank of the CTA in the upper byte.
 struct ClusterAddress {
   uint32_t value;
 };
 
-// ---- Indices -------------------------------------------------------------------------------------------------------------------
+// ---- For the thread that runs at the moment (primitives.cpp) ------------------------------------------------------------------------
 
-MLPDOWN_DEVICE uint32_t thread_idx() { return emulator::thread_idx(); }
-MLPDOWN_DEVICE uint32_t cta_rank_in_cluster() { return emulator::cta_rank_in_cluster(); }
-MLPDOWN_DEVICE uint32_t cluster_idx() { return emulator::cluster_idx(); }
-MLPDOWN_DEVICE uint32_t num_clusters() { return emulator::num_clusters(); }
+uint32_t thread_idx();
+uint32_t cta_rank_in_cluster();
+uint32_t cluster_idx();
+uint32_t num_clusters();
+uint32_t cta_idx();
 
-// ---- Warp ----------------------------------------------------------------------------------------------------------------------
+float shfl_xor_sync(float value, uint32_t lane_mask, Where where = Where::current());
+void syncwarp(Where where = Where::current());
 
-MLPDOWN_DEVICE float shfl_xor_sync(float value, uint32_t lane_mask, Where where = Where::current()) {
-  return std::bit_cast<float>(emulator::exchange_in_warp(std::bit_cast<uint32_t>(value), lane_mask, where));
-}
-MLPDOWN_DEVICE void syncwarp(Where where = Where::current()) { emulator::synchronise_warp(where); }
+SharedAddress dynamic_shared_memory();
+Vector ld_shared(SharedAddress address, Where where = Where::current());
+void st_shared(SharedAddress address, float value, Where where = Where::current());
 
-// ---- Shared memory -------------------------------------------------------------------------------------------------------------
+uint16_t ld_global(const uint16_t* address, Where where = Where::current());
+Vector ld_global_vector_no_allocate(const void* address, Where where = Where::current());
+Vector ld_global_vector(const void* address, Where where = Where::current());
+void st_global(uint16_t* address, uint16_t value, Where where = Where::current());
+void st_global(float* address, float value, Where where = Where::current());
 
-MLPDOWN_DEVICE SharedAddress dynamic_shared_memory() { return emulator::shared_memory_base(); }
+void mbarrier_init(SharedAddress barrier, uint32_t num_arrivals, Where where = Where::current());
+void fence_mbarrier_init(Where where = Where::current());
+void mbarrier_arrive(SharedAddress barrier, Where where = Where::current());
+void mbarrier_arrive_cluster(ClusterAddress barrier, Where where = Where::current());
+void mbarrier_arrive_expect_tx(SharedAddress barrier, uint32_t tx_bytes, Where where = Where::current());
+void mbarrier_wait(SharedAddress barrier, uint32_t parity, Where where = Where::current());
+void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity, Where where = Where::current());
 
-MLPDOWN_DEVICE Vector ld_shared(SharedAddress address, Where where = Where::current()) {
-  Vector v;
-  emulator::load_shared(address, &v, sizeof v, where);
-  return v;
-}
+void cp_async_bulk(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier, Where where = Where::current());
+ClusterAddress mapa(SharedAddress address, uint32_t cta_rank, Where where = Where::current());
+void st_async(ClusterAddress destination, float value, ClusterAddress barrier, Where where = Where::current());
 
-MLPDOWN_DEVICE void st_shared(SharedAddress address, float value, Where where = Where::current()) {
-  emulator::store_shared(address, &value, sizeof value, where);
-}
+void bar_sync(Where where = Where::current());
+void barrier_cluster_arrive_relaxed(Where where = Where::current());
+void barrier_cluster_wait(Where where = Where::current());
 
-// ---- Global memory -------------------------------------------------------------------------------------------------------------
-
-MLPDOWN_DEVICE uint16_t ld_global(const uint16_t* address, Where where = Where::current()) {
-  uint16_t value;
-  emulator::load_global(address, &value, sizeof value, where);
-  return value;
-}
-
-MLPDOWN_DEVICE void st_global(uint16_t* address, uint16_t value, Where where = Where::current()) {
-  emulator::store_global(address, &value, sizeof value, where);
-}
-
-MLPDOWN_DEVICE void st_global(float* address, float value, Where where = Where::current()) {
-  emulator::store_global(address, &value, sizeof value, where);
-}
-
-// ---- mbarrier ------------------------------------------------------------------------------------------------------------------
-
-MLPDOWN_DEVICE void mbarrier_init(SharedAddress barrier, uint32_t num_arrivals, Where where = Where::current()) {
-  emulator::init_barrier(barrier, num_arrivals, where);
-}
-MLPDOWN_DEVICE void fence_mbarrier_init(Where where = Where::current()) { emulator::fence_barrier_init(where); }
-MLPDOWN_DEVICE void mbarrier_arrive(SharedAddress barrier, Where where = Where::current()) { emulator::arrive(barrier, where); }
-MLPDOWN_DEVICE void mbarrier_arrive_cluster(ClusterAddress barrier, Where where = Where::current()) {
-  emulator::arrive_remotely(barrier.value, where);
-}
-MLPDOWN_DEVICE void mbarrier_arrive_expect_tx(SharedAddress barrier, uint32_t tx_bytes, Where where = Where::current()) {
-  emulator::arrive_and_expect(barrier, tx_bytes, where);
-}
-MLPDOWN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity, Where where = Where::current()) {
-  emulator::wait(barrier, parity, emulator::Scope::kCta, where);
-}
-MLPDOWN_DEVICE void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity, Where where = Where::current()) {
-  emulator::wait(barrier, parity, emulator::Scope::kCluster, where);
-}
-
-// ---- Asynchronous copies and stores ----------------------------------------------------------------------------------------------
-
-MLPDOWN_DEVICE void cp_async_bulk(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier,
-                                  Where where = Where::current()) {
-  emulator::copy_in_bulk(destination, source, num_bytes, barrier, where);
-}
-MLPDOWN_DEVICE ClusterAddress mapa(SharedAddress address, uint32_t cta_rank, Where where = Where::current()) {
-  return {emulator::map_to_rank(address, cta_rank, where)};
-}
-MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAddress barrier, Where where = Where::current()) {
-  emulator::store_asynchronously(destination.value, std::bit_cast<uint32_t>(value), barrier.value, where);
-}
-
-// ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
-
-MLPDOWN_DEVICE void barrier_cluster_arrive_relaxed(Where where = Where::current()) { emulator::arrive_at_cluster_barrier_relaxed(where); }
-MLPDOWN_DEVICE void barrier_cluster_wait(Where where = Where::current()) { emulator::wait_at_cluster_barrier(where); }
-
-// ---- Programmatic dependent launch -------------------------------------------------------------------------------------------------
-
-MLPDOWN_DEVICE void griddepcontrol_wait(Where where = Where::current()) { emulator::wait_for_earlier_grids(where); }
-
+void griddepcontrol_wait(Where where = Where::current());
 // The next grid's own wait covers all that this one writes, whenever it was let in: nothing to check.
 MLPDOWN_DEVICE void griddepcontrol_launch_dependents() {}
 

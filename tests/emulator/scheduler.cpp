@@ -23,6 +23,7 @@ void run_current_thread() {
     if (thread.warp->arrived.any()) {
       fail("absent lane", thread, thread.warp->where, std::string("the lane has left, its warp waits for it in ") + thread.warp->operation);
     }
+    if (thread.cta->barrier.num_arrived > 0) fail("CTA barrier", thread, thread.where, "this thread leaves without coming to bar_sync, where others wait");
     GroupBarrier& barrier = cluster.barrier;
     const bool has_arrived = thread.cluster_barrier_generation == barrier.generation && !cluster.is_arrival_part_of_wait;
     has_arrived ? ++barrier.num_left_since_arrival : --barrier.num_threads;
@@ -47,7 +48,8 @@ void prepare(const Launch& launch, uint32_t cluster_idx) {
     cluster.ctas.push_back({.rank = rank,
                             .num_alive = launch.num_threads,
                             .memory = std::vector<char>(num_words * 4, '\xff'),
-                            .words = std::vector<Word>(num_words)});
+                            .words = std::vector<Word>(num_words),
+                            .barrier = {.num_threads = launch.num_threads}});
     cluster.events.push_back({.kind = Event::Kind::kCtaStarts, .target = &cluster.ctas.front() + rank});
   }
   cluster.warps.resize(num_threads / kWarpSize);
@@ -116,7 +118,7 @@ void run_cluster() {
 
 }  // namespace
 
-Statistics run(const Launch& launch) {
+void run(const Launch& launch) {
   statistics = {};
   random_numbers = Random(launch.seed);
   violation.reset();
@@ -128,7 +130,6 @@ Statistics run(const Launch& launch) {
     prepare(launch, cluster_idx);
     run_cluster();
   }
-  return statistics;
 }
 
 void block(const char* operation, const Mbarrier* barrier, uint32_t parity) {

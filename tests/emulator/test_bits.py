@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from mlpdown.plan import (
+    CLUSTER_SIZES,
     H200,
     MAX_CONSUMER_WARPS,
     MAX_STAGES,
     NUM_SEGMENTS,
+    ROWS_IN_REGISTERS,
     Plan,
     check_plan,
     choose_plan,
@@ -35,7 +37,6 @@ def some_plans(cluster_size: int, rows_per_warp: int, seed: int) -> list[Plan]:
     plans = []
     for _ in SHAPES:
         rows_per_stage, num_stages = int(random.integers(1, 12)), int(random.integers(1, 5))
-        # No more warps than a stage has items: one segment of rows_per_warp rows each.
         num_items = -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
         num_consumer_warps = int(random.integers(1, min(4, num_items) + 1))
         weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
@@ -64,22 +65,64 @@ def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_wa
         assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
+# As many warps as have work in two, four or sixteen tiles.
+SEVERAL_TILES_AT_ONCE = [
+    Plan(1, 2, 2, 4, 16),
+    Plan(2, 4, 3, 2, 8),
+    Plan(4, 1, 2, 4, 16),
+    Plan(4, 2, 1, 8, 8),
+    Plan(8, 1, 1, 16, 16),
+    Plan(8, 4, 4, 2, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "plan", SEVERAL_TILES_AT_ONCE, ids=lambda plan: f"{plan.cluster_size}-{plan.num_consumer_warps}"
+)
+def test_several_tiles_at_once(kernel: Kernel, plan: Plan, dtype: str) -> None:
+    check_plan(plan, 200, H200)
+    inputs = make_inputs(71, 200, dtype, 11)
+    for seed in range(2):
+        plan = dataclasses.replace(plan, weight_prefetch=seed == 1)
+        out, _ = kernel.launch(inputs, plan, seed=seed)
+        assert_same_bits(out, expected_bits(inputs), f"{plan}, seed {seed}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+@pytest.mark.parametrize("rows", ROWS_IN_REGISTERS)
+def test_registers_never_change_a_bit(kernel: Kernel, rows: int, weight_prefetch: bool, dtype: str) -> None:
+    # The last shape takes more than one batch of loads.
+    for seed, (hidden_dim, intermediate_dim) in enumerate([*SHAPES, (5, 12296)]):
+        inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
+        for dependent_launch in (False, True):
+            plan = Plan.in_registers(rows, weight_prefetch=weight_prefetch, dependent_launch=dependent_launch)
+            out, _ = kernel.launch(inputs, plan, seed=seed)
+            assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
+
+
+def one_plan_a_size(rows_per_warp: int) -> list[Plan]:
+    ring = [Plan(cluster_size, rows_per_warp, 4, 2, 3) for cluster_size in CLUSTER_SIZES]
+    return ring + [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("attn_output", [False, True])
 def test_optional_tensors(kernel: Kernel, attn_output: bool, bias: bool, dtype: str) -> None:
     inputs = make_inputs(19, 200, dtype, 3, attn_output=attn_output, bias=bias)
-    for cluster_size in (1, 4):
-        out, _ = kernel.launch(inputs, Plan(cluster_size, 2, 4, 2, 3), num_clusters=2, seed=cluster_size)
-        assert_same_bits(out, expected_bits(inputs), f"cluster_size {cluster_size}")
+    for seed, plan in enumerate(one_plan_a_size(2)):
+        out, _ = kernel.launch(inputs, plan, num_clusters=2, seed=seed)
+        assert_same_bits(out, expected_bits(inputs), f"{plan}, seed {seed}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cluster_size", [1, 2, 4, 8])
-def test_partial_sums(kernel: Kernel, cluster_size: int, dtype: str) -> None:
+def test_partial_sums(kernel: Kernel, dtype: str) -> None:
     inputs = make_inputs(19, 200, dtype, 4)
-    out, _ = kernel.launch(inputs, Plan(cluster_size, 1, 4, 2, 3), num_clusters=2, seed=0, is_partial_sums=True)
-    assert_same_bits(out, expected_partial_sums(inputs), f"cluster_size {cluster_size}")
+    for seed, plan in enumerate(one_plan_a_size(1)):
+        out, _ = kernel.launch(inputs, plan, num_clusters=2, seed=seed, is_partial_sums=True)
+        assert_same_bits(out, expected_partial_sums(inputs), f"{plan}, seed {seed}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,7 +136,8 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
         drawn["weight"][:, 3:] = 0
         drawn["mlp_intermediate"][3:] = 0
         inputs = Inputs(dtype, **drawn)
-        out, _ = kernel.launch(inputs, Plan(2, 4, 4, 2, 2), num_clusters=1, seed=seed)
+        plan = Plan.in_registers(4) if seed % 2 else Plan(2, 4, 4, 2, 2)
+        out, _ = kernel.launch(inputs, plan, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
         values = widen(out, dtype)
         kinds |= {"nan"} if np.isnan(values).any() else set()
@@ -107,16 +151,17 @@ def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]
     return {"mlp_intermediate": (intermediate_dim,), "weight": (hidden_dim, intermediate_dim), **vectors}
 
 
-# What fits in an H200: the plan that is chosen for it, and one for each other cluster size.
+# What fits in an H200: the plan that is chosen for it, one for each other cluster size, and registers.
 FULL_SIZE_PLANS = [
-    Plan(1, 1, 2, 4, 8),
+    choose_plan(2560, 10240, H200),
     Plan(2, 4, 4, 4, 8, weight_prefetch=True),
-    dataclasses.replace(choose_plan(2560, 10240, H200), weight_prefetch=True),
+    Plan(4, 2, 8, 5, 16, weight_prefetch=True),
     Plan(8, 2, 16, 5, 8),
+    *map(Plan.in_registers, ROWS_IN_REGISTERS),
 ]
 
 
-@pytest.mark.parametrize("plan", FULL_SIZE_PLANS, ids=lambda plan: f"cluster_size={plan.cluster_size}")
+@pytest.mark.parametrize("plan", FULL_SIZE_PLANS, ids=lambda plan: f"{plan.cluster_size}-{plan.rows_in_registers}")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
     check_plan(plan, 10240, H200)
@@ -162,9 +207,11 @@ def test_rounding_is_to_nearest_even(kernel: Kernel, dtype: str) -> None:
 
 def interface_of(header: Path) -> dict[str, list[str]]:
     """The functions of a ptx.cuh by name, each with its result's and its parameters' types and names."""
-    code = re.sub(r"//[^\n]*", "", header.read_text())
+    code = re.sub(r"//[^\n]*", "", header.read_text()).split("namespace ptx {")[1]
     functions: dict[str, list[str]] = {}
-    for result, name, parameters in re.findall(r"^MLPDOWN_DEVICE\s+(\w+)\s+(\w+)\(([^{]*)\)\s*{", code, re.MULTILINE):
+    for result, name, parameters in re.findall(
+        r"^(?:MLPDOWN_DEVICE )?(\w+) (\w+)\(([^{;]*)\)\s*[{;]", code, re.MULTILINE
+    ):
         parameters = re.sub(r",?\s*Where where = Where::current\(\)", "", parameters)
         functions.setdefault(name, []).append(re.sub(r"\s+", " ", f"{result} ({parameters})"))
     return functions

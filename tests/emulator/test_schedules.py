@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mlpdown.plan import CLUSTER_SIZES, Plan
+from mlpdown.plan import CLUSTER_SIZES, ROWS_IN_REGISTERS, Plan
 
 from .cases import DTYPES, assert_same_bits, expected_bits, make_inputs
 from .launch import Kernel
@@ -22,9 +22,12 @@ class Case:
 
     def __str__(self) -> str:
         plan = self.plan
-        return (
-            f"{self.hidden_dim}x{self.intermediate_dim}-clusters={self.num_clusters}x{plan.cluster_size}-{self.dtype}"
+        kind = (
+            f"registers={plan.rows_in_registers}"
+            if plan.rows_in_registers
+            else f"clusters={self.num_clusters}x{plan.cluster_size}"
         )
+        return f"{self.hidden_dim}x{self.intermediate_dim}-{kind}-{self.dtype}"
 
 
 def _cases() -> list[Case]:
@@ -40,13 +43,17 @@ def _cases() -> list[Case]:
             )
             # A row a tile, so that most ranks own none, and the slots for partial sums wrap too; empty segments.
             cases.append(Case(Plan(cluster_size, 1, 1, 3, min(2, 8 // cluster_size)), 35, 72, 1, dtype))
+            # Warps for two tiles at once.
+            cases.append(Case(Plan(cluster_size, 4, 4, 2, 16 // cluster_size), 27, 72, 1, dtype))
+        for rows in ROWS_IN_REGISTERS:
+            cases.append(Case(Plan.in_registers(rows), 2 * rows + 1, 200, 1, dtype))
     return cases
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
     num_tiles = -(-(case.hidden_dim // case.num_clusters) // case.plan.rows_per_stage)
-    assert num_tiles > 3 * case.plan.num_stages, "the ring must wrap three times"
+    assert case.plan.rows_in_registers or num_tiles > 3 * case.plan.num_stages, "the ring must wrap three times"
     inputs = make_inputs(case.hidden_dim, case.intermediate_dim, case.dtype, 1)
     expected = expected_bits(inputs)
     for seed in range(-(-num_schedules // len(_cases()))):
