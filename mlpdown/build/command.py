@@ -11,6 +11,8 @@ from rich.table import Table
 from . import library, targets
 from .cache import Manifest
 
+REPORT_COLUMNS = 160
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -45,7 +47,10 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{info.path} ({info.origin}; {', '.join(info.manifest.targets)}; {info.path.stat().st_size / 1e6:.2f} MB)")
     if arguments.report:
-        Console().print(resource_table(info.manifest))
+        console = Console()
+        # A file or a pipe has no width of its own; the table has one column for each target.
+        wide = console if console.is_terminal else Console(width=REPORT_COLUMNS)
+        wide.print(resource_table(info.manifest))
     return 0
 
 
