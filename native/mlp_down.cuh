@@ -273,9 +273,13 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
 
   // Of each tile this CTA owns the rows rank, rank + kClusterSize, ...; lanes take owned rows of as many tiles as they reach, a window,
   // so that a window's bias and residuals arrive together, ahead of its sums.
+  // Each tile has a power of two of lanes: shifts, where divisions would cost more than the sums.
   const uint32_t owned_rows_per_tile = (plan.rows_per_stage + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
-  const uint32_t tiles_per_window = kNumLanes / owned_rows_per_tile;
-  const uint32_t owned_row = lane % owned_rows_per_tile;
+  uint32_t lanes_shift = 0;
+  while ((1u << lanes_shift) < owned_rows_per_tile) ++lanes_shift;
+  const uint32_t tiles_per_window = kNumLanes >> lanes_shift;
+  const uint32_t window_tile = lane >> lanes_shift;
+  const uint32_t owned_row = lane & ((1u << lanes_shift) - 1);
   const auto load = [](const void* tensor, uint32_t idx) { return ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx); };
   RingPosition slot;
   uint32_t window_first_tile = 0;
@@ -288,8 +292,8 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
     if (tile == window_end_tile) {
       window_first_tile = tile;
       window_end_tile = tile + tiles_per_window;
-      row = first_row + (tile + lane / owned_rows_per_tile) * plan.rows_per_stage + owned_row * kClusterSize + cta_rank_in_cluster;
-      if (row < end_row && !problem.is_partial_sums) {
+      row = first_row + (tile + window_tile) * plan.rows_per_stage + owned_row * kClusterSize + cta_rank_in_cluster;
+      if (owned_row < owned_rows_per_tile && row < end_row && !problem.is_partial_sums) {
         if (problem.bias) bias = load(problem.bias, row);
         if (problem.attn_output) attn_output = load(problem.attn_output, row);
         hidden_states = load(problem.hidden_states, row);
@@ -301,7 +305,7 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
       ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
     }
     wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);
-    const bool owns_row = tile == window_first_tile + lane / owned_rows_per_tile && owned_row < num_owned_rows;
+    const bool owns_row = tile == window_first_tile + window_tile && owned_row < num_owned_rows;
     SegmentSums sums = {};
     if (owns_row) sums = load_segment_sums(partials(slot.idx, owned_row, 0));
     // The slot is free for the tile kNumPartialSlots later, at every rank. Without such a tile nobody waits, and the rank may be gone.
