@@ -43,7 +43,7 @@ from mlpdown import native_backend
 from mlpdown.build import library
 info = library.load()
 native_backend.load()
-plan = (1, 1, 1, 1, 1, False, False)
+plan = [False if str(value.type) == "bool" else 1 for value in torch.ops.mlpdown.mlp_down.default._schema.arguments[5:]]
 def tensors(device):
     shapes = ((1, 32), (1, 32), (1, 64), (32, 64), (32,))
     return [torch.ones(shape, dtype=torch.float16, device=device) for shape in shapes]

@@ -6,6 +6,7 @@ Needs no GPU, and no CUDA toolkit where the compiler from PyPI is installed. Two
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("LICENSE", "README.md", "pyproject.toml", "mlpdown", "native", "reference")
 # Loaded by whoever imports torch, and not ours to ship.
 EXCLUDED_LIBRARIES = ("libtorch_cpu.so",)
+ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
+ASK_PERSONALITY = 0xFFFFFFFF
 WITHOUT_HISTORY_EPOCH = 315532800  # 1980, the oldest time that a zip file knows
 
 
@@ -42,7 +45,8 @@ def build_wheel(output_folder: Path) -> Path:
     Raises:
         BuildError: the library does not build, or the compiler does not know every target.
     """
-    info = library.build(targets.ALL_TARGETS, for_this_machine=False)
+    _fix_addresses()
+    info = library.build(targets.ALL_TARGETS, force=True, for_this_machine=False)
     if info.manifest.targets != targets.ALL_TARGETS:
         raise BuildError(
             f"a wheel is for {', '.join(targets.ALL_TARGETS)}, this nvcc builds {', '.join(info.manifest.targets)} only"
@@ -86,6 +90,14 @@ def _stage(folder: Path, info: library.LibraryInfo) -> None:
     (prebuilt / cache.MANIFEST_NAME).write_text(dataclasses.replace(info.manifest, build_seconds=0.0).to_json())
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _fix_addresses() -> None:
+    """Give every compiler that is started from here the same addresses each time: ptxas picks between registers that hold the same
+    value by the order of pointers, so that address randomisation would change a byte now and then."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.personality(libc.personality(ASK_PERSONALITY) | ADDR_NO_RANDOMIZE) == -1:
+        print(f"wheel: addresses stay random ({os.strerror(ctypes.get_errno())}), bytes may differ", file=sys.stderr)
 
 
 def _source_date() -> int:

@@ -70,8 +70,10 @@ def test_installed_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "MLPDOWN_NVCC": "/nowhere/nvcc"}
     code = (
         "import torch; from mlpdown.build import library; info = library.load(); print(info.origin, info.path)\n"
+        "op = torch.ops.mlpdown.mlp_down.default\n"
         "tensors = [torch.zeros(8, dtype=torch.float16)] * 5\n"
-        "try: torch.ops.mlpdown.mlp_down(*tensors, 1, 1, 1, 1, 1, False, False)\n"
+        "plan = [False if str(value.type) == 'bool' else 1 for value in op._schema.arguments[5:]]\n"
+        "try: op(*tensors, *plan)\n"
         "except RuntimeError as error: print(error)\n"
     )
     process = subprocess.run([python, "-c", code], env=bare, cwd=tmp_path, capture_output=True, text=True, check=False)
