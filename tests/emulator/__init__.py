@@ -9,8 +9,9 @@ seed is in the message; the same seed replays the same schedule on every host.
     pytest tests/emulator --emulator-schedules 50000
 
 What is modelled
-    - The threads of a cluster as fibers, interrupted before any primitive; the scheduler's temper (how often it interrupts, how late
-      copies land, how unfair it is to some warps) is drawn too. Clusters run one after the other: they share nothing but the grid.
+    - The threads of a cluster (in the kernel without clusters: of a CTA) as fibers, interrupted before any primitive; the scheduler's
+      temper (how often it interrupts, how late copies land, how unfair it is to some warps) is drawn too. Clusters run one after the
+      other: they share nothing but the grid.
     - Shared memory of each CTA, word by word: who wrote it last, who has read it since, what is on its way to it.
     - mbarriers: phases, arrivals, transaction bytes (below zero too, when bytes land before they are expected), parity waits that a
       slow thread can miss.
@@ -18,7 +19,7 @@ What is modelled
       the arrivals of one thread, which keep theirs because each releases what came before.
     - What is known to have happened before what (vector clocks): an access that is ordered by luck fails under every schedule. Waits
       acquire what their scope covers; the cluster barrier's relaxed arrival releases fenced initialisations only; shuffles, nothing.
-    - Warps that meet in shuffles, syncwarp and cluster barriers, CTAs that start and leave at different times.
+    - Warps that meet in shuffles, syncwarp, CTA and cluster barriers; CTAs that start and leave at different times.
     - Dependent launch: earlier grids end at some later moment.
 
 What is not
@@ -42,6 +43,7 @@ The checks, each of which ``faults.py`` puts to the test
     absent CTA                access to a CTA that has left, or that is not known to have started
     early exit                a CTA leaves while something is on its way to it
     cluster barrier           arrivals and waits of a thread do not alternate
+    CTA barrier               a thread leaves without coming to a barrier that others of its CTA come to
     absent lane, divergence   a warp meets without some of its lanes, or its lanes in different places
     out of bounds, misaligned
     early read, early write   of global memory, before the thread has waited for earlier grids; the weight, unless it may be prefetched

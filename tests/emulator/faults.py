@@ -1,22 +1,28 @@
-"""Planted faults: the kernel with one place changed, and the check that is there to notice."""
+"""Planted faults: a kernel with one place changed, and the check that is there to notice."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from mlpdown.plan import Plan
+
+RING = Plan(4, 2, rows_per_stage=4, num_stages=2, num_consumer_warps=3)
+PREFETCH = dataclasses.replace(RING, weight_prefetch=True)
+LONE_CTA = dataclasses.replace(RING, cluster_size=1)
+REGISTERS = Plan.in_registers(4)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """``old`` stands once in the kernel's source; with ``new`` in its place, ``check`` fails (``wrong bits``: the comparison)."""
+    """``old`` stands once in the kernels' sources; with ``new`` in its place, ``check`` fails (``wrong bits``: the comparison)."""
 
     name: str
     check: str
     old: str
     new: str
-    weight_prefetch: bool = False
+    plan: Plan = RING
     is_partial_sums: bool = False
-    cluster_size: int = 4
 
 
 def changed(name: str, check: str, line: str, old: str, new: str, **options: Any) -> Fault:
@@ -48,6 +54,8 @@ _EXPECT_SLOT = (
     "      ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
 )
 _WAIT_PARTIALS = "wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);"
+_PRODUCER = "  if (warp_idx == kProducerWarp) {\n    const uint16_t* const weight"
+_BAR_SYNC = "  ptx::bar_sync();\n"
 _STORE = "ptx::st_global(static_cast<uint16_t*>(problem.out) + row, "
 
 FAULTS = (
@@ -82,7 +90,7 @@ FAULTS = (
         "          ptx::syncwarp();\n          if (lane == 0) ptx::mbarrier_arrive(partials_full",
         "          ptx::syncwarp();\n",
         "",
-        cluster_size=1,
+        plan=LONE_CTA,
     ),
     changed("two lanes arm the slot", "surplus arrival", _EXPECT_SLOT, "lane == 0", "lane < 2"),
     # Bytes
@@ -118,7 +126,7 @@ FAULTS = (
         "deadlock",
         "    ptx::barrier_cluster_wait();\n    for (",
         "    for (",
-        cluster_size=1,
+        plan=LONE_CTA,
     ),
     # Warps
     changed("one lane stays out of a shuffle", "divergence", _FOLD, "= ", "= lane == 31 ? 0.0f : "),
@@ -147,7 +155,7 @@ FAULTS = (
         "ptx::ld_shared(smem_activation + offset)",
         "ptx::ld_shared(ptx::dynamic_shared_memory())",
     ),
-    changed("all rows go to one element", "second write", _STORE, "+ row", "+ first_row"),
+    changed("all rows go to one element", "second write", _STORE, " + row", ""),
     changed(
         "the result goes to an input",
         "write to an input",
@@ -173,10 +181,74 @@ FAULTS = (
         "early read",
         "load_tile(tile);\n    ptx::griddepcontrol_wait();",
         "load_tile(tile);",
-        weight_prefetch=True,
+        plan=PREFETCH,
     ),
     Fault("epilogue reads before the wait", "early read", _EPILOGUE_DEPENDENCE, ""),
     Fault("epilogue writes before the wait", "early write", _EPILOGUE_DEPENDENCE, "", is_partial_sums=True),
+    # Registers
+    Fault("segment sums are added up without the barrier", "unwritten read", _BAR_SYNC, "", plan=REGISTERS),
+    Fault(
+        "one warp stays out of the barrier",
+        "CTA barrier",
+        _BAR_SYNC,
+        "  if (segment != 3) ptx::bar_sync();\n",
+        plan=REGISTERS,
+    ),
+    Fault(
+        "one lane leaves before the barrier",
+        "absent lane",
+        _BAR_SYNC,
+        f"  if (lane == 31) return;\n{_BAR_SYNC}",
+        plan=REGISTERS,
+    ),
+    Fault(
+        "the lanes of a warp reach two CTA barriers",
+        "divergence",
+        _BAR_SYNC,
+        f"  if (lane == 0) {{\n{_BAR_SYNC}  }} else {{\n{_BAR_SYNC}  }}\n",
+        plan=REGISTERS,
+    ),
+    Fault(
+        "the producer alone waits for its CTA", "deadlock", _PRODUCER, _PRODUCER.replace("{", "{\n    ptx::bar_sync();")
+    ),
+    Fault(
+        "registers prefetch without leave",
+        "early read",
+        "if (plan.weight_prefetch) load_weights(vector);",
+        "load_weights(vector);",
+        plan=REGISTERS,
+    ),
+    Fault(
+        "registers do not wait for earlier grids",
+        "early read",
+        "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
+        "",
+        plan=dataclasses.replace(REGISTERS, weight_prefetch=True),
+    ),
+    changed("each CTA begins one row late", "wrong bits", "ptx::cta_idx() * kRows;", ";", " + 1;", plan=REGISTERS),
+    changed(
+        "weights are loaded from the row below",
+        "out of bounds",
+        "problem.hidden_dim ? first_row + row",
+        "? first_row",
+        "? first_row + 1",
+        plan=REGISTERS,
+    ),
+    Fault(
+        "loads run past the segment",
+        "out of bounds",
+        "if (vector + i * kNumLanes < end_vector)",
+        "if (vector < end_vector)",
+        plan=REGISTERS,
+    ),
+    changed(
+        "the segments of a row share one place",
+        "overwrite",
+        "(cta_row * kNumSegments + segment)",
+        " + segment",
+        "",
+        plan=REGISTERS,
+    ),
     # Arithmetic
     Fault(
         "the bias is left out", "wrong bits", "if (problem.bias) total = ptx::add_rn(total, DType::to_float(bias));", ""

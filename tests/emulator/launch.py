@@ -109,7 +109,8 @@ class Kernel:
     ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.float32], Statistics]:
         """Run one call under the schedule that ``seed`` stands for.
 
-        ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. Returns ``out``, ``[hidden_dim]``, as bits, or as float32 for partial sums; and what it took.
+        ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. Returns ``out``, ``[hidden_dim]``, as bits, or
+        as float32 for partial sums; and what it took.
 
         Raises:
             ProtocolViolation: a check failed.

@@ -155,7 +155,7 @@ def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]
 FULL_SIZE_PLANS = [
     choose_plan(2560, 10240, H200),
     Plan(2, 4, 4, 4, 8, weight_prefetch=True),
-    Plan(4, 2, 8, 5, 16, weight_prefetch=True),
+    Plan(4, 2, 8, 4, 16, weight_prefetch=True),
     Plan(8, 2, 16, 5, 8),
     *map(Plan.in_registers, ROWS_IN_REGISTERS),
 ]
