@@ -37,9 +37,14 @@ def build(native: Path, ring: list[tuple[int, int]], registers: tuple[int, ...],
         "-DMLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X)=" + " ".join(f"X({rows})" for rows in registers),
     )
     kernel = _compile(HERE / "launch.cpp", native, ("-O2" if optimise else "-O0", *for_each))
-    objects = [kernel, *(_compile(HERE / source, NATIVE, MACHINE_FLAGS) for source in MACHINE_SOURCES)]
-    library = _cache() / f"{_digest(objects)}.so"
-    return _once(library, ("-shared", *map(str, objects)))
+    # One machine for all kernels of a process: stacks for a thousand threads each would use up the mappings that Linux allows.
+    machine = _link([_compile(HERE / source, NATIVE, MACHINE_FLAGS) for source in MACHINE_SOURCES])
+    return _link([kernel, machine])
+
+
+def _link(files: list[Path]) -> Path:
+    """A library that calls its own copy of what it shares with others."""
+    return _once(_cache() / f"{_digest(files)}.so", ("-shared", "-Wl,-Bsymbolic-functions", *map(str, files)))
 
 
 def _compile(source: Path, native: Path, flags: tuple[str, ...]) -> Path:

@@ -9,6 +9,7 @@ from mlpdown.plan import ROWS_IN_REGISTERS, instantiations
 from .launch import Kernel
 
 NUM_SCHEDULES = 1000
+_KERNEL = pytest.StashKey[Kernel]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,5 +28,14 @@ def num_schedules(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def kernel() -> Kernel:
-    return Kernel(instantiations(), ROWS_IN_REGISTERS)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    request.config.stash[_KERNEL] = Kernel(instantiations(), ROWS_IN_REGISTERS)
+    return request.config.stash[_KERNEL]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _KERNEL in config.stash and config.stash[_KERNEL].launched:
+        launched = config.stash[_KERNEL].launched
+        num_shapes, num_plans = (len(set(column)) for column in zip(*launched, strict=True))
+        line = f"emulator: {len(launched)} schedules without a violation, {num_shapes} shapes, {num_plans} plans"
+        terminalreporter.write_line(line)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +39,7 @@ class Inputs:
     bias: Bits | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What one launch came to."""
 
     num_switches: int
@@ -101,12 +101,13 @@ class Kernel:
             "float16": self._library.emulator_cvt_rn_f16_f32,
             "bfloat16": self._library.emulator_cvt_rn_bf16_f32,
         }
+        self.launched: list[tuple[tuple[int, ...], Plan]] = []
         for function in self.round_once.values():
             function.argtypes, function.restype = [ctypes.c_float], ctypes.c_uint16
 
     def launch(
         self, inputs: Inputs, plan: Plan, *, seed: int, num_clusters: int = 1, is_partial_sums: bool = False
-    ) -> tuple[npt.NDArray[np.uint16] | npt.NDArray[np.float32], Statistics]:
+    ) -> tuple[npt.NDArray[Any], Statistics]:
         """Run one call under the schedule that ``seed`` stands for.
 
         ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. Returns ``out``, ``[hidden_dim]``, as bits, or
@@ -122,12 +123,11 @@ class Kernel:
             if is_partial_sums
             else np.full(hidden_dim, 0xFFFF, np.uint16)
         )
-        aligned = [_align(inputs.weight), _align(inputs.mlp_intermediate)]
         problem = _structure("MlpDownProblem")(
             hidden_states=inputs.hidden_states.ctypes.data,
             attn_output=None if inputs.attn_output is None else inputs.attn_output.ctypes.data,
-            mlp_intermediate=aligned[1].ctypes.data,
-            weight=aligned[0].ctypes.data,
+            mlp_intermediate=inputs.mlp_intermediate.ctypes.data,
+            weight=inputs.weight.ctypes.data,
             bias=None if inputs.bias is None else inputs.bias.ctypes.data,
             out=out.ctypes.data,
             hidden_dim=hidden_dim,
@@ -135,8 +135,7 @@ class Kernel:
             is_bfloat16=inputs.dtype == "bfloat16",
             is_partial_sums=is_partial_sums,
         )
-        members = dataclasses.asdict(plan)
-        c_plan = _structure("MlpDownPlan")(**members)
+        c_plan = _structure("MlpDownPlan")(**dataclasses.asdict(plan))
         result = _Result()
         if self._library.emulator_launch(
             ctypes.byref(problem), ctypes.byref(c_plan), num_clusters, seed, ctypes.byref(result)
@@ -144,15 +143,5 @@ class Kernel:
             raise ValueError(f"plan must be one of the instantiations that were built, got {plan}")
         if result.check:
             raise ProtocolViolation(result.check.decode(), result.report.decode(), seed)
+        self.launched.append((inputs.weight.shape, plan))
         return out, Statistics(result.num_switches, result.num_landings, result.num_phases)
-
-
-def _align(array: Bits) -> Bits:
-    """The array itself, or a copy that starts at a multiple of 16 bytes, as tensors of torch do."""
-    if array.ctypes.data % 16 == 0:
-        return array
-    memory = np.empty(array.size + 8, np.uint16)
-    first = -memory.ctypes.data % 16 // 2
-    copy = memory[first : first + array.size].reshape(array.shape)
-    copy[...] = array
-    return copy

@@ -40,17 +40,8 @@ def some_plans(cluster_size: int, rows_per_warp: int, seed: int) -> list[Plan]:
         num_items = -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
         num_consumer_warps = int(random.integers(1, min(4, num_items) + 1))
         weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
-        plans.append(
-            Plan(
-                cluster_size,
-                rows_per_warp,
-                rows_per_stage,
-                num_stages,
-                num_consumer_warps,
-                weight_prefetch,
-                dependent_launch,
-            )
-        )
+        ring = (rows_per_stage, num_stages, num_consumer_warps)
+        plans.append(Plan(cluster_size, rows_per_warp, *ring, weight_prefetch, dependent_launch))
     return plans
 
 
@@ -139,10 +130,8 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
         plan = Plan.in_registers(4) if seed % 2 else Plan(2, 4, 4, 2, 2)
         out, _ = kernel.launch(inputs, plan, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
-        values = widen(out, dtype)
-        kinds |= {"nan"} if np.isnan(values).any() else set()
-        kinds |= {"infinity"} if np.isinf(values).any() else set()
-        kinds |= {"finite"} if np.isfinite(values).any() else set()
+        tests = {"nan": np.isnan, "infinity": np.isinf, "finite": np.isfinite}
+        kinds |= {kind for kind, test in tests.items() if test(widen(out, dtype)).any()}
     assert kinds == {"nan", "infinity", "finite"}
 
 
@@ -198,7 +187,7 @@ def test_rounding_is_to_nearest_even(kernel: Kernel, dtype: str) -> None:
         halfway = (exact[:-1].astype(np.float64) + exact[1:]).astype(np.float32) / np.float32(2)
         beside = np.nextafter(halfway, np.float32(np.inf)), np.nextafter(halfway, np.float32(-np.inf))
     values = np.concatenate([exact, halfway, *beside, random.integers(0, 1 << 32, 20000, np.uint32).view(np.float32)])
-    values = np.append(values[~np.isnan(values)], np.float32([np.inf, -np.inf]))[::7]
+    values = np.append(values[~np.isnan(values)], np.array([np.inf, -np.inf], np.float32))[::7]
     expected = torch.from_numpy(values).to(getattr(torch, dtype)).view(torch.uint16).numpy()
     actual = np.array([kernel.round_once[dtype](value) for value in values], np.uint16)
     assert_same_bits(actual, expected, dtype)
