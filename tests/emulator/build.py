@@ -23,7 +23,7 @@ FLAGS = (
     "-Wno-unknown-pragmas",  # unroll
 )
 MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # clocks are long
-MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "reports.cpp")
+MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp")
 
 
 def build(native: Path, ring: list[tuple[int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:

@@ -216,11 +216,19 @@ std::string name(const Thread& thread);
 std::string name(const Cta& cta, uint32_t offset);
 std::string name(const Mbarrier& barrier);
 std::string name(Where where);
+std::string bytes(int64_t num_bytes);
 [[noreturn]] void fail(const char* check, const Thread& thread, Where where, const std::string& message);
 [[noreturn]] void fail_deadlock();
 
-// ---- Asynchronous side of memory and barriers (primitives.cpp) -------------------------------------------------------------------------
+// ---- Memory and barriers (memory.cpp) ----------------------------------------------------------------------------------------------------
 
+uint32_t check_shared(const Thread& thread, const Cta& cta, uint32_t address, size_t num_bytes, size_t alignment, Where where);
+void check_overwrite(const Thread& thread, Cta& cta, uint32_t offset, size_t num_bytes, Where where);
+void write_shared(Cta& cta, uint32_t offset, const void* source, size_t num_bytes, Epoch write);
+Tensor& find_tensor(const Thread& thread, const void* address, size_t num_bytes, size_t alignment, Where where);
+void check_global_read(const Thread& thread, const void* source, size_t num_bytes, size_t alignment, Where where);
+Mbarrier& find_barrier(const Thread& thread, Cta& cta, uint32_t address, bool needs_fence, Where where);
+void arrive_once(Mbarrier& barrier, bool is_remote, const Clock& released, const Thread& thread, Where where);
 // Lets the event happen, or a piece of it. True if nothing is left of it.
 bool happen(Event& event);
 // The last thread of the CTA has left.

@@ -25,6 +25,8 @@ std::string name(Where where) {
   return (slash ? slash + 1 : where.file_name()) + (":" + std::to_string(where.line()));
 }
 
+std::string bytes(int64_t num_bytes) { return std::to_string(num_bytes) + " bytes"; }
+
 void fail(const char* check, const Thread& thread, Where where, const std::string& message) {
   throw Violation{check, name(where) + ": " + message + " [" + name(thread) + "]"};
 }
