@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("LICENSE", "README.md", "pyproject.toml", "mlpdown", "native", "reference")
 # Loaded by whoever imports torch, and not ours to ship.
 EXCLUDED_LIBRARIES = ("libtorch_cpu.so",)
+# Always here, since the length of the folder's name moves what the compilers allocate; see _fix_addresses.
+WORK_FOLDER = "/tmp"
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 ASK_PERSONALITY = 0xFFFFFFFF
 WITHOUT_HISTORY_EPOCH = 315532800  # 1980, the oldest time that a zip file knows
@@ -46,13 +48,13 @@ def build_wheel(output_folder: Path) -> Path:
         BuildError: the library does not build, or the compiler does not know every target.
     """
     _fix_addresses()
-    info = library.build(targets.ALL_TARGETS, force=True, for_this_machine=False)
-    if info.manifest.targets != targets.ALL_TARGETS:
-        raise BuildError(
-            f"a wheel is for {', '.join(targets.ALL_TARGETS)}, this nvcc builds {', '.join(info.manifest.targets)} only"
-        )
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(_source_date()), "PATH": _path_with_scripts()}
-    with tempfile.TemporaryDirectory(prefix="mlpdown-wheel-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mlpdown-wheel-", dir=WORK_FOLDER) as folder:
+        os.environ["MLPDOWN_CACHE_DIR"] = str(Path(folder, "cache"))  # compiled anew, whatever the user's cache has
+        info = library.build(targets.ALL_TARGETS, for_this_machine=False)
+        if info.manifest.targets != targets.ALL_TARGETS:
+            wanted, built = ", ".join(targets.ALL_TARGETS), ", ".join(info.manifest.targets)
+            raise BuildError(f"a wheel is for {wanted}, this nvcc builds {built} only")
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": str(_source_date()), "PATH": _path_with_scripts()}
         staged, plain, audited = Path(folder, "source"), Path(folder, "plain"), Path(folder, "audited")
         _stage(staged, info)
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
