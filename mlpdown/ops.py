@@ -205,10 +205,13 @@ def _refusal(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None)
     return refusal if refusal is not None else _refusal_of_device(weight.get_device())
 
 
-@functools.cache
+_cached_refusal_of_device = functools.cache(native_refusal_here)
+
+
 def _refusal_of_device(device_index: int) -> Exception | None:
-    return native_refusal_here(device_index)
+    return _cached_refusal_of_device(device_index)
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second.
+# What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second. On a function of ours, not on
+# the cache: torch.compile looks through that, and would trace the loading of the library.
 _refusal_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlpdown
-from mlpdown import native_backend
-from mlpdown.plan import H200, choose_plan
+from mlpdown import native_backend, ops
+from mlpdown.plan import H200, Device, Plan, choose_plan
 
 PLAN_SCHEMA = (
     "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, "
@@ -133,3 +136,29 @@ def test_backends_say_why_they_cannot_run() -> None:
     if not torch.cuda.is_available():
         assert not states["native"].available
         assert states["native"].reason.startswith("backend 'native' needs a")
+
+
+def test_what_is_asked_of_the_device_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the library takes locks and starts compilers: torch.compile must take the answer, not look how it comes about."""
+    lock = threading.Lock()
+
+    @functools.cache
+    def refusal_under_a_lock(device_index: int) -> Exception | None:
+        with lock:
+            return None
+
+    @functools.cache
+    def properties_under_a_lock(device_index: int) -> Device:
+        with lock:
+            return H200
+
+    monkeypatch.setattr(ops, "_cached_refusal_of_device", refusal_under_a_lock)
+    monkeypatch.setattr(native_backend, "device_properties", properties_under_a_lock)
+    plan = Plan(1, 2, 2, 3, 8)
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        arguments = native_backend.plan_arguments(8, 2048, 0, plan, True)
+        return values * arguments[3] if ops._refusal_of_device(0) is None and arguments[6] else values
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))

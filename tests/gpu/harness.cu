@@ -218,14 +218,12 @@ __global__ void plant_memcheck(uint32_t* data, uint32_t size) {
   if (threadIdx.x <= size) data[threadIdx.x] = threadIdx.x;
 }
 
-// A barrier of the block that a part of the block never comes to.
+// Lanes of the upper half of a warp meet at a barrier of the lower half, whose mask leaves them out.
 __global__ void plant_synccheck(uint32_t* data) {
   __shared__ uint32_t shared[kPlantThreads];
   shared[threadIdx.x] = threadIdx.x;
-  if (threadIdx.x < kPlantThreads / 4) {
-    __syncthreads();
-    data[threadIdx.x] = shared[kPlantThreads / 4 - 1 - threadIdx.x];
-  }
+  __syncwarp(0x0000ffffu);
+  data[threadIdx.x] = shared[threadIdx.x ^ 1];
 }
 
 // Reads memory that nobody has written.
