@@ -3,6 +3,8 @@
 # make lint    ruff and mypy
 # make wheel   one wheel with the compiled library, in dist/
 # make compat  the built library under every torch and Python that can be had here; writes build/compat/
+# make transformers4  the model tests under transformers 4.57
+# make receipt on a machine with a GPU: build, tests, bits, errors, goldens, hazards, sanitizers, as build/receipt/receipt.json
 #
 # PYTHON=python3.12 chooses the interpreter of .venv.
 
@@ -17,7 +19,7 @@ HAVE_NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard $(CUDA_HOME)/b
 comma := ,
 EXTRAS := test,hf,bench$(if $(HAVE_NVCC),,$(comma)nvcc)
 
-.PHONY: demo test lint wheel compat clean
+.PHONY: demo test lint wheel compat transformers4 receipt clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlpdown check
@@ -34,6 +36,15 @@ wheel: $(VENV)/installed
 
 compat: $(VENV)/installed
 	$(BIN)/python .ci/compat.py --output-dir build/compat
+
+transformers4: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/transformers4 transformers==4.57.6 tokenizers==0.22.2 \
+		huggingface-hub==0.36.2 requests urllib3 charset-normalizer idna certifi hf-xet
+	PYTHONPATH=build/transformers4 $(BIN)/python -m pytest tests/model $(TESTFLAGS)
+
+receipt: $(VENV)/installed
+	rm -rf build/receipt
+	$(BIN)/python -m mlpdown.receipt --out build/receipt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info native/prebuilt
