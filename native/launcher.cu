@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr unsigned long kMostSharedMemoryBytes = 1ul << 28;
+
 // A message for the caller. The last CUDA error is cleared: what we report must not surface again in somebody else's check.
 int fail(char* error, size_t error_size, const char* what, const char* detail) {
   std::snprintf(error, error_size, "%s: %s", what, detail);
@@ -95,6 +97,11 @@ int shape_ring(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* sh
   if (tiles_at_once > 1 &&
       (plan.num_consumer_warps % items_per_tile != 0 || plan.num_stages % tiles_at_once != 0 || kNumPartialSlots % tiles_at_once != 0)) {
     return fail(error, error_size, "plan", "num_consumer_warps beyond the items of a tile must be a multiple of them that divides num_stages");
+  }
+  // The layout counts in 32 bits; what no device has is refused before it could wrap around.
+  const unsigned long row_bytes = 2ul * problem.intermediate_dim / plan.cluster_size;
+  if (row_bytes * (1ul + static_cast<unsigned long>(plan.rows_per_stage) * plan.num_stages) > kMostSharedMemoryBytes) {
+    return fail(error, error_size, "plan", "the plan needs more shared memory a block than any device has");
   }
   shape->cluster_size = plan.cluster_size;
   shape->threads_per_cta = (kFirstConsumerWarp + plan.num_consumer_warps) * kNumLanes;

@@ -151,3 +151,50 @@ def test_shared_memory_is_what_the_kernel_lays_out() -> None:
         assert plan.shared_memory_bytes(candidate, intermediate_dim) == expected, (candidate, intermediate_dim)
         compared += 1
     assert compared == 2000
+
+
+class NativeProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden_states", "attn_output", "mlp_intermediate", "weight", "bias", "out")),
+        *((name, ctypes.c_uint) for name in ("hidden_dim", "intermediate_dim")),
+        *((name, ctypes.c_int) for name in ("is_bfloat16", "is_partial_sums")),
+    ]
+
+
+class NativePlan(ctypes.Structure):
+    _fields_ = [
+        ("rows_in_registers", ctypes.c_uint),
+        ("cluster_size", ctypes.c_uint),
+        ("rows_per_warp", ctypes.c_uint),
+        ("rows_per_stage", ctypes.c_uint),
+        ("num_stages", ctypes.c_uint),
+        ("num_consumer_warps", ctypes.c_uint),
+        ("weight_prefetch", ctypes.c_int),
+        ("dependent_launch", ctypes.c_int),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("intermediate_dim", "native_plan", "words"),
+    [
+        ((1 << 24) - 8, (0, 1, 1, 32, 16, 8, 0, 1), b"more shared memory a block than any device has"),
+        (2**19, (0, 1, 1, 32, 16, 8, 0, 1), b"more shared memory a block than any device has"),
+        (2048, (0, 3, 1, 1, 1, 8, 0, 1), b"not compiled in"),
+        (2048, (3, 1, 1, 1, 1, 1, 0, 1), b"not compiled in"),
+        (2048, (0, 1, 1, 33, 1, 8, 0, 1), b"rows_per_stage must be in 1..32"),
+        (2048, (0, 8, 1, 1, 3, 2, 0, 1), b"multiple of them that divides num_stages"),
+        (2044, (0, 1, 1, 1, 1, 8, 0, 1), b"multiple of 8"),
+    ],
+)
+def test_launcher_refuses_what_the_kernel_cannot_run(
+    intermediate_dim: int, native_plan: tuple[int, ...], words: bytes
+) -> None:
+    """The last gate, for callers of torch.ops and of the C interface. No tensor is touched, so none is needed."""
+    native = ctypes.CDLL(str(library.load().path)).mlpdown_launch
+    problem = NativeProblem(hidden_dim=4, intermediate_dim=intermediate_dim)
+    error = ctypes.create_string_buffer(512)
+    status = native(
+        ctypes.byref(problem), ctypes.byref(NativePlan(*native_plan)), None, error, ctypes.c_size_t(len(error))
+    )
+    assert status == 1
+    assert words in error.value
