@@ -56,9 +56,12 @@ def native_refusal_here(device_index: int | None = None) -> Exception | None:
 
 
 def say_once(message: str, *, level: int = logging.WARNING) -> None:
-    """Log a message, the first time that it comes up in this process."""
-    if message not in _said:
-        _said.add(message)
+    """Log a message, the first time in this process that one comes up which is the same up to ``, got``."""
+    if torch.compiler.is_compiling():
+        return  # a graph has no log
+    reason = message.partition(", got ")[0]
+    if reason not in _said:
+        _said.add(reason)
         logger.log(level, message)
 
 

@@ -167,4 +167,4 @@ def _numba_mlp_down(
 
 @_numba_mlp_down.register_fake
 def _(hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return torch.empty_like(hidden_states)
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -22,6 +22,11 @@ _mlp_down_out: Any = None
 _partial_sums: Any = None
 
 
+def is_loaded() -> bool:
+    """Whether the library has been loaded."""
+    return _mlp_down is not None
+
+
 @functools.cache
 def load() -> None:
     """Load (if need be, build) the library, and tell torch.compile about its ops.

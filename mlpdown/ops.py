@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,9 +57,14 @@ def run(
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
         RuntimeError: the named backend cannot run on this machine, or CUDA reported an error.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
     if group is not None:
         from .parallel import run_row_parallel
 
+        validate.check_no_grad(backend, hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+        if out is not None:
+            validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
         result = run_row_parallel(
             hidden_states,
             attn_output,
@@ -74,7 +80,10 @@ def run(
 
     tensors = (hidden_states, attn_output, mlp_intermediate, weight, bias)
     if backend == "native" or (backend == "auto" and _prefers_native(tensors)):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not native_backend.is_loaded():
+            # Nothing is compiled for a call that cannot be.
+            if backend == "native":
+                validate.check_no_grad(backend, *tensors, out)
             refusal = _refusal(tensors, out)
             if refusal is None:
                 return native_backend.run(*tensors, out, plan, weight_prefetch)
@@ -82,7 +91,7 @@ def run(
             # The op checks its arguments faster than Python can. Only when it refuses are they looked at here, for the words.
             try:
                 if backend == "native":
-                    validate.check_no_grad(backend, *tensors)
+                    validate.check_no_grad(backend, *tensors, out)
                 return native_backend.run(*tensors, out, plan, weight_prefetch)
             except Exception:
                 refusal = _refusal(tensors, out)
@@ -99,7 +108,7 @@ def run(
     if backend == "numba":
         from . import numba_backend
 
-        validate.check_no_grad(backend, *tensors)
+        validate.check_no_grad(backend, *tensors, out)
         return numba_backend.run(*tensors, out)
     return torch_backend.run(*tensors, out)
 
@@ -127,11 +136,13 @@ def partial_sums(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
     validate.check_product(mlp_intermediate, weight)
     if backend == "native" or (backend == "auto" and _prefers_native((None, None, mlp_intermediate, weight, None))):
         if backend == "native":
             validate.check_no_grad(backend, mlp_intermediate, weight)
-        refusal = validate.native_product_refusal(mlp_intermediate, weight) or native_refusal_here(weight.get_device())
+        refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
         if refusal is None:
             return native_backend.partial_sums(mlp_intermediate, weight, plan, weight_prefetch)
         if backend == "native":
@@ -182,9 +193,17 @@ def pythia_2b8_mlp_only(
 def _prefers_native(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether ``auto`` should try the native kernel: a GPU that it runs on, one token, nothing to differentiate."""
     mlp_intermediate, weight = tensors[2], tensors[3]
-    if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor) or not weight.is_cuda:
-        return False
-    if weight.dim() != 2 or mlp_intermediate.numel() != weight.size(1) or validate.needs_grad(*tensors):
+    if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor) or weight.dim() != 2:
+        return False  # of no use to any backend; the checks that follow say so
+    passed_over = None
+    if not weight.is_cuda:
+        passed_over = "native needs CUDA tensors"
+    elif mlp_intermediate.numel() != weight.size(1):
+        passed_over = "native takes one token a call"
+    elif validate.needs_grad(*tensors):
+        passed_over = "native has no derivative, and grad mode is on"
+    if passed_over is not None:
+        say_once(f"mlpdown takes backend 'torch': {passed_over}", level=logging.INFO)
         return False
     refusal = _refusal_of_device(weight.get_device())
     if refusal is not None:
@@ -205,11 +224,16 @@ def _refusal(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None)
     return refusal if refusal is not None else _refusal_of_device(weight.get_device())
 
 
-_cached_refusal_of_device = functools.cache(native_refusal_here)
+@functools.cache
+def _cached_refusal_of_device(device_index: int) -> tuple[type[Exception], str] | None:
+    refusal = native_refusal_here(device_index)
+    return None if refusal is None else (type(refusal), str(refusal))
 
 
 def _refusal_of_device(device_index: int) -> Exception | None:
-    return _cached_refusal_of_device(device_index)
+    # A new exception each time: one that is raised again keeps every caller's frames, and their tensors, alive.
+    cached = _cached_refusal_of_device(device_index)
+    return None if cached is None else cached[0](cached[1])
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second. On a function of ours, not on

@@ -107,6 +107,9 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
         "num_consumer_warps": range(1, MAX_CONSUMER_WARPS + 1),
         "rows_in_registers": (0, *ROWS_IN_REGISTERS),
     }
+    for name in ("weight_prefetch", "dependent_launch"):
+        if type(getattr(plan, name)) is not bool:
+            raise ValueError(f"plan.{name} must be True or False, got {getattr(plan, name)!r}")
     for name, values in allowed.items():
         value = getattr(plan, name)
         if type(value) is not int or value not in values:

@@ -95,7 +95,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
     if not torch.is_grad_enabled():
         return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def native_refusal(

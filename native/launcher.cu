@@ -15,17 +15,20 @@ namespace {
 
 constexpr unsigned long kMostSharedMemoryBytes = 1ul << 28;
 
-// A message for the caller. The last CUDA error is cleared: what we report must not surface again in somebody else's check.
+// A message for the caller.
 int fail(char* error, size_t error_size, const char* what, const char* detail) {
   std::snprintf(error, error_size, "%s: %s", what, detail);
-  static_cast<void>(cudaGetLastError());
   return 1;
 }
 
-#define MLPDOWN_CHECK(call)                                                                                   \
-  do {                                                                                                        \
-    const cudaError_t status = (call);                                                                        \
-    if (status != cudaSuccess) return fail(error, error_size, #call, cudaGetErrorString(status));             \
+// The last CUDA error is cleared: what we report must not surface again in somebody else's check.
+#define MLPDOWN_CHECK(call)                                                     \
+  do {                                                                          \
+    const cudaError_t status = (call);                                          \
+    if (status != cudaSuccess) {                                                \
+      static_cast<void>(cudaGetLastError());                                    \
+      return fail(error, error_size, #call, cudaGetErrorString(status));        \
+    }                                                                           \
   } while (0)
 
 using Kernel = const void*;

@@ -243,9 +243,12 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
 
         // Segment sums meet at the owner of the row.
         const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
-        if (lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows) {
-          // Only by lanes that the slot's next phase will wait for: others could miss it.
+        const bool hands_on = lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows;
+        // Every lane that stores or arrives, rows or no rows, and no other: the slot's next phase waits for these, others could miss it.
+        if (hands_on || (kClusterSize == 1 && lane == 0)) {
           if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
+        }
+        if (hands_on) {
           const uint32_t owner = tile_row % kClusterSize;
           const ptx::SharedAddress partial = partials(slot.idx, tile_row / kClusterSize, first_segment + segment);
           if constexpr (kClusterSize == 1) {

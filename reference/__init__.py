@@ -46,6 +46,8 @@ def mlp_down(
     Raises:
         TypeError: an array is not float32. ValueError: a shape, ``dtype`` or ``machine`` is not as above.
     """
+    if hidden_states is None:
+        raise TypeError("hidden_states must be an array, got None")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     out = np.zeros((mlp_intermediate.shape[0], weight.shape[0]), np.uint16)

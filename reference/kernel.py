@@ -114,7 +114,6 @@ def _kernel() -> Callable[..., Any]:
                 if sums.size > 0:
                     sums[token, row] = total
                 else:
-                    value = total
                     row_bias = bias[row] if has_bias else total
                     row_attn_output = attn_output[token, row] if has_attn_output else total
                     value = add_residuals(

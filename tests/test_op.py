@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import threading
 
 import pytest
@@ -162,3 +164,34 @@ def test_what_is_asked_of_the_device_is_not_traced(monkeypatch: pytest.MonkeyPat
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
+
+
+def test_auto_says_once_why_native_was_passed_over(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The function mlpdown.backends hides the module of that name.
+    monkeypatch.setattr(importlib.import_module("mlpdown.backends"), "_said", set())
+    tensors = [torch.randn(1, 8, dtype=torch.float16) for _ in range(3)]
+    weight = torch.randn(8, 8, dtype=torch.float16)
+    with caplog.at_level(logging.INFO, logger="mlpdown"):
+        for _ in range(3):
+            mlpdown.run(*tensors, weight)
+    assert ["needs CUDA tensors" in record.message for record in caplog.records] == [True]
+
+
+def test_nothing_is_built_for_a_call_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> None:
+        raise AssertionError("the library was loaded")
+
+    monkeypatch.setattr(native_backend, "_mlp_down", None)
+    monkeypatch.setattr(native_backend, "load", build)
+    tensors = [torch.randn(1, 8, dtype=torch.float16) for _ in range(3)]
+    with pytest.raises(ValueError, match="^weight must be on a CUDA device"):
+        mlpdown.run(*tensors, torch.randn(8, 8, dtype=torch.float16), backend="native")
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "numba", "torch"])
+def test_plan_of_another_type(backend: str) -> None:
+    tensors = [torch.randn(1, 8, dtype=torch.float16) for _ in range(3)]
+    with pytest.raises(TypeError, match=r"^plan must be a mlpdown\.Plan or None, got dict$"):
+        mlpdown.run(*tensors, torch.randn(8, 8, dtype=torch.float16), backend=backend, plan={})  # type: ignore[arg-type]

@@ -50,6 +50,15 @@ def _cases() -> list[Case]:
     return cases
 
 
+def test_ring_as_long_as_the_slots(kernel: Kernel) -> None:
+    """Warps that find no rows in the last tile may be a whole pass over the slots ahead of the epilogue."""
+    inputs = make_inputs(33, 64, "float16", 1)
+    expected = expected_bits(inputs)
+    for seed in range(60):
+        out, _ = kernel.launch(inputs, Plan(1, 1, 2, 16, 16), num_clusters=1, seed=seed)
+        assert_same_bits(out, expected, f"seed {seed}")
+
+
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
     num_tiles = -(-(case.hidden_dim // case.num_clusters) // case.plan.rows_per_stage)
