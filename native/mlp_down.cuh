@@ -20,7 +20,8 @@
 //                             (a cluster of one: a consumer warp for every item)
 //   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
 //
-// The specification, reference/kernel.py, has the same sections in the same order.
+// The specification, reference/kernel.py, has the sections that compute under the same names and in the same order: sizes, shared memory,
+// consumers, where segment sums meet, epilogue. Barriers and producer are mechanism, and stand here only.
 #pragma once
 
 #include <arithmetic.cuh>

@@ -4,7 +4,7 @@
 // launch that cannot overlap with the one before gets to its first load sooner, and the CTAs that share an SM hide each other's latency.
 // Under dependent launch with weight prefetch the ring holds more bytes ahead of the wait, and wins.
 //
-// The specification, reference/kernel.py, has the same sections in the same order.
+// The specification, reference/kernel.py, has the same sections in the same order, but for the loads.
 #pragma once
 
 #include <arithmetic.cuh>
