@@ -1,35 +1,43 @@
-"""Decode a whole model token by token, PyTorch against patched: eager loop, CUDA graph, torch.compile, and a hand-written loop."""
+"""Decode a whole model token by token, PyTorch against patched: in a CUDA graph, compiled, in a hand-written loop, as it comes."""
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mlpdown
-from mlpdown.bench import e2e_decode, e2e_models
-from mlpdown.bench.e2e_check import CheckError, Oracle
-from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, LoopDecoder, StaticDecoder, not_patched, patcher
-from mlpdown.bench.e2e_loop import LoopModel, torch_mlp_down
-from mlpdown.bench.e2e_report import Report, Row
+from mlpdown import native_backend
+from mlpdown.bench import e2e_models
+from mlpdown.bench.e2e_check import CheckError
+from mlpdown.bench.e2e_decode import Decoder
+from mlpdown.bench.e2e_passes import Passes
+from mlpdown.bench.e2e_report import Report, mode_label
+from mlpdown.bench.e2e_subject import NUM_CHECKED_TOKENS, Subject
+from mlpdown.bench.e2e_timing import Clock, EventClock, WallClock, time_in_turns
+from mlpdown.bench.peers import TimeLimitExpired, time_limit
+from mlpdown.plan import choose_plan
 
-MODES = ("loop", "graph", "compile", "eager")
+MODES = ("graph", "compile", "loop", "eager")
+STATIC_MODES = ("graph", "compile")
 PROMPT_LENGTH = 8
-NUM_CHECKED_TOKENS = 32
 CACHE_GRANULARITY = 16
 # Attention reads all of a static cache, and who asks for few tokens gets a small one: lengths up to this have a cache of their own.
 SHORT_TOKENS = 256
-# A run is repeated only while its mode has taken less than this, so that every mode gets its turn.
-SECONDS_PER_MODE = 15.0
 NUM_ESTIMATE_STEPS = 8
+# After a mode's longest decode, its shorter ones are repeated for at most so long: every mode is to have its turn.
+REPEAT_SECONDS = 30.0
+# A compiler that takes longer, for both models together, is given up.
+BUILD_LIMIT_SECONDS = 240.0
+NATIVE_OP = "mlpdown::mlp_down"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument(
-        "--tokens", type=_numbers, help="lengths to decode, with commas (default: 16,32,...,2048; to 64 without a GPU)"
+        "--tokens",
+        type=_numbers,
+        help="lengths to decode, with commas (default: 16,32,...,2048; to 64 without a GPU); "
+        f"{' and '.join(STATIC_MODES)}, whose steps are all alike, take the longest up to {SHORT_TOKENS} and the longest",
     )
     parser.add_argument(
         "--modes", type=_modes, default=MODES, help=f"any of {','.join(MODES)} (default: all that can run)"
@@ -50,19 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight-prefetch", action="store_true", help="promise that no weight is written while the model decodes"
     )
-    parser.add_argument("--repeats", type=_positive, default=3, help="most runs of each length (default: 3)")
     parser.add_argument(
-        "--seconds", type=float, default=210, help="start nothing that would end later than this (default: 210)"
+        "--pairs",
+        type=_positive,
+        default=100,
+        help="repeat a short decode until so many blocks of it were timed (default: 100)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="start nothing that would end later than this (default: 420)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every run and what it ran on")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every block and what it ran on")
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw time per token (.svg or .png; needs matplotlib)"
     )
+    parser.add_argument("--commit", help="the commit to record, where the checkout does not say")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the benchmark. Returns 0, 1 if the patched model computes something wrong, 2 for arguments that do not go together."""
+    """Run the benchmark. Returns 0, 1 if a mode failed or computes something wrong, 2 for arguments that do not go together."""
     try:
         bench = Benchmark(arguments)
     except (ValueError, RuntimeError) as error:
@@ -73,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
     except CheckError as error:
         print(f"mlpdown bench e2e: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 1 if bench.report.failed else 0
 
 
 class Benchmark:
@@ -97,194 +114,183 @@ class Benchmark:
             raise RuntimeError(
                 "transformers 4.57 or newer must be installed for this benchmark: pip install transformers"
             )
-        status = None if arguments.backend == "auto" else mlpdown.backends().get(arguments.backend)
+        backends = mlpdown.backends()
+        status = None if arguments.backend == "auto" else backends.get(arguments.backend)
         if arguments.backend != "auto" and (status is None or not status.available):
             raise RuntimeError(
                 f"backend {arguments.backend!r} cannot run here: {status.reason if status else 'there is none of that name'}"
             )
+        if self.on_cuda:
+            self.device = torch.device(
+                "cuda", torch.cuda.current_device() if self.device.index is None else self.device.index
+            )
+            torch.cuda.set_device(self.device)
+        self.is_native = self.on_cuda and (
+            arguments.backend == "native" or (arguments.backend == "auto" and backends["native"].available)
+        )
         self.lengths: list[int] = sorted(
             arguments.tokens or [2**power for power in range(4, 12 if self.on_cuda else 7)]
         )
-        self.max_length = positions(self.lengths)
-        self.settings = {"backend": arguments.backend, "weight_prefetch": arguments.weight_prefetch}
+        if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+            raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
+        settings = {"backend": arguments.backend, "weight_prefetch": arguments.weight_prefetch}
+        max_length = positions(self.lengths[-1])
         dtype = getattr(torch, arguments.dtype)
         if arguments.model:
-            self.model: Any = e2e_models.load(arguments.model, dtype, self.device)
+            model: Any = e2e_models.load(arguments.model, dtype, self.device)
             label = arguments.model
         else:
             size_name = arguments.size or ("2.8b" if self.on_cuda else "tiny")
             size = e2e_models.SIZES[size_name]
             weights = e2e_models.random_weights(size, dtype, self.device, arguments.seed)
-            self.model = e2e_models.build(size, weights, self.max_length)
+            model = e2e_models.build(size, weights, max_length)
             label = f"GPT-NeoX {size_name} (random weights)"
-        config = self.model.config
-        if config.model_type != "gpt_neox" or not config.use_parallel_residual:
-            raise ValueError(
-                f"--model must be a GPT-NeoX with parallel residual, got {arguments.model} of type {config.model_type}"
-            )
-        self.loop_model = LoopModel(e2e_models.weights_of(self.model), config.num_attention_heads, self.max_length)
         generator = torch.Generator().manual_seed(arguments.seed)
-        self.prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH), generator=generator).to(self.device)
+        prompt = torch.randint(model.config.vocab_size, (1, PROMPT_LENGTH), generator=generator).to(self.device)
+        self.subject = Subject(model, prompt, settings, max_length)
+        self.num_layers: int = model.config.num_hidden_layers
+        facts: dict[str, Any] = {**settings, "prompt_length": PROMPT_LENGTH}
+        if self.is_native:
+            properties = native_backend.device_properties(self.device.index)
+            sizes = model.config.hidden_size, model.config.intermediate_size
+            facts["plan"] = dataclasses.asdict(
+                choose_plan(*sizes, properties, weight_prefetch=arguments.weight_prefetch)
+            )
         device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else "CPU"
-        self.report = Report(label, arguments.dtype, device_name, {**self.settings, "prompt_length": PROMPT_LENGTH})
+        self.report = Report(label, arguments.dtype, device_name, facts, arguments.commit)
 
     def run(self) -> None:
-        """Check, then time mode by mode; what is known is written after each."""
-        with mlpdown.patch(self.model, **self.settings) as patched:
-            self.console.print(f"{self.report.model}, {self.report.dtype}, {self.report.device}: {patched}")
-        self.check_logits()
-        short, long = [n for n in self.lengths if n <= SHORT_TOKENS], [n for n in self.lengths if n > SHORT_TOKENS]
-        stages: list[tuple[str, list[int]]] = [
-            ("loop", self.lengths),
-            ("graph", short),
-            ("compile", short),
-            ("eager", self.lengths),
-        ]
-        stages += [("graph", long), ("compile", long)]
-        seconds_to_build: dict[str, float] = {}
-        for mode, lengths in stages:
-            if not lengths or mode not in self.arguments.modes:
-                continue
-            what = f"{mode}, {lengths[0]} to {lengths[-1]} tokens"
-            if mode == "graph" and not self.on_cuda:
-                self.leave_out(f"{what}: a CUDA graph needs a CUDA device")
-                continue
-            needed, left = seconds_to_build.get(mode, 0.0), self.seconds_left()
-            if left <= needed:
-                building = f", building takes {needed:.0f} s" if needed else ""
-                self.leave_out(f"{what}: {max(left, 0.0):.0f} s are left of --seconds{building}")
-                continue
-            begin = time.perf_counter()
-            cache_length = positions(lengths) if mode in ("graph", "compile") else None
-            decoders = self.build(mode, cache_length)
-            seconds_to_build[mode] = time.perf_counter() - begin
-            self.measure(mode, lengths, cache_length, *decoders)
-            del decoders
+        """Check, then time mode by mode; what is known is written after each.
+
+        Raises:
+            CheckError: the patched model's logits are wrong. What fails later costs only its own mode.
+        """
+        self.say(f"{self.report.model}, {self.report.dtype}, {self.report.device}: {self.subject.patch}")
+        self.report.logits = self.subject.check_logits()
+        for check in self.report.logits:
+            self.say(
+                f"logits, {check.name}: {check.patched:.3e} from float64 (stock {check.stock:.3e}, bound {check.bound:.3e}, "
+                "root mean square over tokens and vocabulary)"
+            )
+        for mode, lengths in self.stages():
+            cache_length = positions(lengths[-1]) if mode in STATIC_MODES else None
+            what = f"{mode_label(mode, cache_length)}, to {lengths[-1]} tokens"
+            try:
+                self.run_stage(mode, lengths, cache_length, what)
+            except TimeLimitExpired as error:
+                self.report.failed.append(f"{what}: building was given up: {error}")
+            except Exception as error:  # noqa: BLE001 - whatever it is, the modes that are left may run
+                traceback.print_exc()
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                self.report.failed.append(f"{what}: {type(error).__name__}: {first_line}")
             gc.collect()
             self.write()
         self.console.print(self.report.table())
         for line in self.report.not_run:
-            self.console.print(f"not run: {line}")
+            self.say(f"not run: {line}")
+        for line in self.report.failed:
+            self.say(f"FAILED: {line}")
         self.write()
 
-    def check_logits(self) -> None:
-        """Logits of forced decode steps, stock and patched, against the float64 model."""
-        decoder = EagerDecoder(self.model, self.prompt, not_patched)
-        decoder.rewind()
-        for _ in range(NUM_CHECKED_TOKENS - 1):
-            decoder.step()
-        continuation = torch.tensor(decoder.tokens(), device=self.device)
-        with self.status("float64 logits"):
-            self.oracle = Oracle(self.model, self.prompt, continuation)
-        stock = e2e_decode.forced_logits(self.model, self.prompt, continuation)
-        with mlpdown.patch(self.model, **self.settings):
-            patched = e2e_decode.forced_logits(self.model, self.prompt, continuation)
-        checks = [self.oracle.check_logits("transformers", stock, patched)]
-        forced_loop = functools.partial(e2e_decode.forced_loop_logits, self.loop_model, self.prompt, continuation)
-        checks.append(self.oracle.check_logits("loop", forced_loop(torch_mlp_down), forced_loop(self.mlp_down())))
-        for check in checks:
-            self.console.print(
-                f"logits, {check.name}: {check.patched:.3e} from float64 (stock {check.stock:.3e}, bound {check.bound:.3e}, "
-                f"root mean square over {NUM_CHECKED_TOKENS} tokens)"
-            )
-        self.report.logits = checks
+    def stages(self) -> list[tuple[str, list[int]]]:
+        """Modes and lengths in the order in which they run: what takes long to build and says least new comes last."""
+        short = [length for length in self.lengths if length <= SHORT_TOKENS][-1:]
+        long = [length for length in self.lengths if length > SHORT_TOKENS][-1:]
+        stages = [("graph", short), ("compile", short), ("loop", self.lengths)]
+        stages += [("graph", long), ("compile", long), ("eager", self.lengths)]
+        return [(mode, lengths) for mode, lengths in stages if lengths and mode in self.arguments.modes]
 
-    def mlp_down(self) -> Callable[..., torch.Tensor]:
-        return functools.partial(mlpdown.run, **self.settings)
+    def run_stage(self, mode: str, lengths: list[int], cache_length: int | None, what: str) -> None:
+        """Build both decoders, check them, time them."""
+        if mode == "graph" and not self.on_cuda:
+            self.report.not_run.append(f"{what}: a CUDA graph needs a CUDA device")
+            return
+        earlier = [sum(seconds) for name, seconds in self.report.build_seconds.items() if name.split(",")[0] == mode]
+        needed, left = max(earlier, default=0.0), self.seconds_left()
+        if left <= needed:
+            building = f", building takes {needed:.0f} s" if needed else ""
+            self.report.not_run.append(f"{what}: {max(left, 0.0):.0f} s are left of --seconds{building}")
+            return
+        if mode == "compile":
+            torch._dynamo.reset()
+            # A signal can end the compiler, which knows no limit; the other modes build at once.
+            with time_limit(min(BUILD_LIMIT_SECONDS, left)):
+                decoders = self.build(mode, cache_length)
+        else:
+            decoders = self.build(mode, cache_length)
+        self.measure(mode, lengths, cache_length, what, *decoders)
 
     def build(self, mode: str, cache_length: int | None) -> tuple[Decoder, Decoder]:
         """The stock and the patched decoder of a mode, warm."""
-        patch = patcher(self.model, self.settings)
-        with self.status(f"building {mode}"):
-            if mode == "loop":
-                return LoopDecoder(self.loop_model, self.prompt, torch_mlp_down), LoopDecoder(
-                    self.loop_model, self.prompt, self.mlp_down()
-                )
-            if mode == "eager":
-                return EagerDecoder(self.model, self.prompt, not_patched), EagerDecoder(self.model, self.prompt, patch)
-            assert cache_length is not None
-            if mode == "compile":
-                torch._dynamo.reset()
-            keywords: dict[str, Any] = {"compile": mode == "compile", "graph": self.on_cuda}
-            return (
-                StaticDecoder(self.model, self.prompt, not_patched, cache_length, **keywords),
-                StaticDecoder(self.model, self.prompt, patch, cache_length, **keywords),
+        decoders, seconds = [], []
+        for is_patched in (False, True):
+            begin = time.perf_counter()
+            decoders.append(self.subject.decoder(mode, is_patched, cache_length))
+            seconds.append(round(time.perf_counter() - begin, 1))
+        if cache_length is not None:
+            self.report.build_seconds[mode_label(mode, cache_length)] = seconds
+            self.say(
+                f"{mode_label(mode, cache_length)}: built in {seconds[0]} s (PyTorch) and {seconds[1]} s (patched)"
             )
+        stock, patched = decoders
+        return stock, patched
 
     def measure(
-        self, mode: str, lengths: list[int], cache_length: int | None, stock: Decoder, patched: Decoder
+        self, mode: str, lengths: list[int], cache_length: int | None, what: str, stock: Decoder, patched: Decoder
     ) -> None:
-        """Check greedy tokens, then time both decoders, one after the other, as often as there is time for."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        check = self.oracle.check_tokens(mode, stock, patched, NUM_CHECKED_TOKENS)
-        self.console.print(str(check))
+        """Check tokens and calls, then time both decoders in turns."""
+        label = mode_label(mode, cache_length)
+        check = self.subject.oracle.check_tokens(label, stock, patched, NUM_CHECKED_TOKENS)
+        self.say(str(check))
         self.report.tokens.append(check)
-        estimate = sum(self.time(decoder, [NUM_ESTIMATE_STEPS])[0] for decoder in (stock, patched)) / NUM_ESTIMATE_STEPS
+        self.check_calls(label, stock, patched)
+
+        def new_clock() -> Clock:
+            return EventClock() if self.on_cuda and mode in STATIC_MODES else WallClock(self.device)
+
+        time_in_turns(stock, patched, [NUM_ESTIMATE_STEPS], new_clock())  # to be warm
+        pairs = time_in_turns(stock, patched, [NUM_ESTIMATE_STEPS], new_clock())
+        estimate = max(pair.stock_ms + pair.patched_ms for pair in pairs) / 1e3
         fitting = [length for length in lengths if length * estimate <= self.seconds_left()]
         if fitting != lengths:
-            left_out = lengths[len(fitting) :]
-            self.leave_out(
-                f"{mode}, {left_out[0]} to {left_out[-1]} tokens: {left_out[0] * estimate:.0f} s, more than is left of --seconds"
+            shortest = lengths[len(fitting)]
+            self.report.not_run.append(
+                f"{what}: {shortest} tokens and more take {shortest * estimate:.0f} s, more than is left of --seconds"
             )
         if not fitting:
             return
-        rows = [Row(mode, cache_length, length) for length in fitting]
-        seconds_per_repeat = fitting[-1] * estimate
-        seconds = min(SECONDS_PER_MODE, self.seconds_left())
-        repeats = min(self.arguments.repeats, max(1, int(seconds / seconds_per_repeat)))
-        columns = (
-            TextColumn(f"{mode:8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeElapsedColumn(),
+
+        def may_repeat(length: int, seconds_of_repeats: float) -> bool:
+            return length * estimate <= min(self.seconds_left(), REPEAT_SECONDS - seconds_of_repeats)
+
+        passes = Passes(mode, cache_length)
+        rows = passes.time(stock, patched, fitting, new_clock, self.arguments.pairs, may_repeat)
+        self.report.passes.append(passes)
+        self.report.rows = sorted(self.report.rows + rows, key=lambda row: MODES.index(row.mode))
+        row = rows[-1]
+        self.say(
+            f"{what}: {row.stock_ms.median:.3f} ms a token, patched {row.patched_ms.median:.3f}, ratio {row.ratio.median:.3f} "
+            f"({row.ratio.low:.3f} to {row.ratio.high:.3f})"
         )
-        # Drawn only between timed parts: a thread that draws would take its time from the loop.
-        with Progress(*columns, console=self.console, transient=True, auto_refresh=False) as progress:
-            task = progress.add_task(mode, total=2 * repeats * fitting[-1])
 
-            def advance(num_steps: int) -> None:
-                progress.update(task, advance=num_steps, refresh=True)
+    def check_calls(self, name: str, stock: Decoder, patched: Decoder) -> None:
+        """Does each layer of a patched step call the native op, and no layer of a stock one?
 
-            for _ in range(repeats):
-                for decoder, name in ((stock, "stock_ms"), (patched, "patched_ms")):
-                    elapsed = self.time(decoder, fitting, advance)
-                    for row, value in zip(rows, elapsed, strict=True):
-                        getattr(row, name).append(1e3 * value / row.num_tokens)
-        self.report.rows += rows
-
-    def time(self, decoder: Decoder, lengths: list[int], advance: Callable[[int], None] | None = None) -> list[float]:
-        """Seconds from the end of the prompt to each of ``lengths`` tokens, of one run. ``advance`` hears of tokens, off the clock."""
-        decoder.rewind()
-        elapsed: list[float] = []
-        num_steps, seconds = 0, 0.0
-        with decoder.patch():
-            for length in lengths:
-                self.synchronize()
-                begin = time.perf_counter()
-                for _ in range(length - num_steps):
-                    decoder.step()
-                self.synchronize()
-                seconds += time.perf_counter() - begin
-                elapsed.append(seconds)
-                if advance is not None:
-                    advance(length - num_steps)
-                num_steps = length
-        return elapsed
-
-    def synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
+        Raises:
+            CheckError: it does not, where it could.
+        """
+        calls = {"stock": stock.calls_of_op(), "patched": patched.calls_of_op()}
+        self.report.calls_of_op[name] = calls
+        expected = {NATIVE_OP: self.num_layers}
+        if calls["stock"] or (self.is_native and calls["patched"] != expected):
+            raise CheckError(f"{name}: a step calls {calls}, should be none and {expected}")
 
     def seconds_left(self) -> float:
         return self.arguments.seconds - (time.perf_counter() - self.begin)
 
-    def leave_out(self, reason: str) -> None:
-        self.report.not_run.append(reason)
-
-    def status(self, text: str) -> Any:
-        return self.console.status(text)
+    def say(self, text: str) -> None:
+        # Not through the console, which would break lines; at once, for whoever follows a log.
+        print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", flush=True)
 
     def write(self) -> None:
         if self.arguments.json:
@@ -293,9 +299,9 @@ class Benchmark:
             self.report.write_plot(self.arguments.plot)
 
 
-def positions(lengths: list[int]) -> int:
-    """Positions of a cache for the prompt and the longest of ``lengths``, rounded up to what fast attention kernels like."""
-    needed = PROMPT_LENGTH + max(*lengths, NUM_CHECKED_TOKENS) + 1
+def positions(num_tokens: int) -> int:
+    """Positions of a cache for the prompt and ``num_tokens``, rounded up to what fast attention kernels like."""
+    needed = PROMPT_LENGTH + max(num_tokens, NUM_CHECKED_TOKENS) + 1
     return -(-needed // CACHE_GRANULARITY) * CACHE_GRANULARITY
 
 

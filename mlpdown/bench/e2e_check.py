@@ -1,4 +1,4 @@
-"""Before anything is timed: are the logits as near to float64 as they must be, and does rounding explain where greedy tokens differ?"""
+"""Before anything is timed: are the logits as near to float64 as they must be, and the greedy tokens what float64 says?"""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class LogitsCheck:
 
 @dataclasses.dataclass(frozen=True)
 class TokensCheck:
-    """Greedy tokens of the stock and of the patched model in one mode, and what the first difference comes from."""
+    """Greedy tokens of the stock and of the patched model in one mode. Each must be what float64 says, as far as 16 bits can tell."""
 
     name: str
     num_tokens: int
-    first_difference: int | None
-    margin: float | None = None
-    """Float64 logit of the one token minus that of the other, after the tokens that are common, without sign."""
-    limit: float | None = None
-    """Twice the largest error of a logit that was seen: a smaller margin can turn either way."""
+    num_alike: int
+    """Tokens before the two first differ."""
+    stock: float
+    """The most by which the float64 logit of a token falls short of the largest one after the same tokens."""
+    patched: float
+    limit: float
+    """Twice the largest error of a logit that was seen: by so much two logits can be apart and yet change places."""
 
     def __str__(self) -> str:
-        if self.first_difference is None:
-            return f"{self.name}: {self.num_tokens} greedy tokens alike"
         return (
-            f"{self.name}: greedy tokens differ from token {self.first_difference} of {self.num_tokens}, where the float64 logits of the "
-            f"two are {self.margin:.2e} apart (16-bit logits err by up to {self.limit:.2e} together)"
+            f"{self.name}: greedy tokens are at most {self.patched:.2e} from the largest float64 logit (stock {self.stock:.2e}, 16-bit "
+            f"logits err by up to {self.limit:.2e} together); {self.num_alike} of {self.num_tokens} alike"
         )
 
 
@@ -66,11 +66,14 @@ class Oracle:
         squares = [(self._rounded_logits(probe) - self.exact).square().mean().item() for probe in range(NUM_PROBES)]
         self.one_rounding = (sum(squares) / NUM_PROBES) ** 0.5
 
-    def _logits(self, continuation: torch.Tensor) -> torch.Tensor:
-        """Logits ``[num_tokens, vocabulary]`` after each token of ``continuation``, from one causal pass over all."""
+    def _logits(self, continuation: torch.Tensor, with_prompt: bool = False) -> torch.Tensor:
+        """Logits ``[num_tokens, vocabulary]`` after each token of ``continuation``, from one causal pass over all.
+
+        ``with_prompt``: the logits after the prompt come first.
+        """
         tokens = torch.cat((self.prompt, continuation.view(1, -1)), 1)
         with torch.inference_mode():
-            return self.model(tokens, use_cache=False).logits[0, self.prompt.shape[1] :]
+            return self.model(tokens, use_cache=False).logits[0, self.prompt.shape[1] - with_prompt :]
 
     def _rounded_logits(self, probe: int) -> torch.Tensor:
         """The same with each layer's output moved by half an ULP of the model's dtype, up or down."""
@@ -109,30 +112,27 @@ class Oracle:
         return check
 
     def check_tokens(self, name: str, stock: Decoder, patched: Decoder, num_tokens: int) -> TokensCheck:
-        """Decode greedily with both. Where they part, the float64 logits of the two tokens must be near enough for rounding to decide.
+        """Decode greedily with both, and ask the float64 model what it would have said after the same tokens.
 
         Raises:
-            CheckError: they are not.
+            CheckError: a token is not the largest logit's, and is farther from it than rounding explains.
         """
-        sequences = []
-        for decoder in (stock, patched):
-            decoder.rewind()
-            with decoder.patch():
-                for _ in range(num_tokens - 1):
-                    decoder.step()
-            sequences.append(decoder.tokens())
-        one, other = sequences
-        first = next((index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
-        if first is None:
-            return TokensCheck(name, num_tokens, None)
-        if first == 0:
-            raise CheckError(
-                f"{name}: the first greedy token is {one[0]} stock and {other[0]} patched; both come from the same prefill"
-            )
-        common = torch.tensor(one[:first], device=self.prompt.device)
-        logits = self._logits(common)[-1]
-        margin = (logits[one[first]] - logits[other[first]]).abs().item()
-        check = TokensCheck(name, num_tokens, first, margin, 2 * self.largest_error)
-        if margin > 2 * self.largest_error:
-            raise CheckError(str(check) + ": rounding does not explain that")
+        one, other = (self._greedy(decoder, num_tokens) for decoder in (stock, patched))
+        num_alike = next((index for index in range(num_tokens) if one[index] != other[index]), num_tokens)
+        limit = 2 * self.largest_error
+        check = TokensCheck(name, num_tokens, num_alike, self._shortfall(one), self._shortfall(other), limit)
+        if not max(check.stock, check.patched) <= limit:  # a NaN is not
+            raise CheckError(f"{check}: rounding does not explain that")
         return check
+
+    def _greedy(self, decoder: Decoder, num_tokens: int) -> list[int]:
+        decoder.rewind()
+        for _ in range(num_tokens - 1):
+            decoder.step()
+        return decoder.tokens()
+
+    def _shortfall(self, tokens: list[int]) -> float:
+        """The most by which the logit of one of ``tokens`` falls short of the largest after the prompt and the tokens before it."""
+        chosen = torch.tensor(tokens, device=self.prompt.device)
+        logits = self._logits(chosen[:-1], with_prompt=True)
+        return (logits.amax(-1) - logits.gather(-1, chosen[:, None])[:, 0]).max().item()

@@ -9,20 +9,14 @@ from typing import Any, Protocol
 
 import torch
 
-import mlpdown
 from mlpdown.bench.e2e_loop import LoopModel, MLPDownFunction
 
 # What graphs and compilers need to see before they are captured or settled.
 NUM_WARMUP_STEPS = 3
 
-Patcher = Callable[[], contextlib.AbstractContextManager[Any]]
-
 
 class Decoder(Protocol):
     """One model in one mode, at the end of the prompt or some tokens on. Nothing in ``step`` waits for the device."""
-
-    patch: Patcher
-    """The context that its steps must run in."""
 
     def rewind(self) -> None:
         """Back to the end of the prompt."""
@@ -33,21 +27,15 @@ class Decoder(Protocol):
     def tokens(self) -> list[int]:
         """The tokens decoded since ``rewind``, the one that the prompt's own logits gave first. Waits for the device."""
 
-
-def not_patched() -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext()
-
-
-def patcher(model: Any, settings: dict[str, Any]) -> Patcher:
-    """A context in which the layers of ``model`` use the op."""
-    return lambda: mlpdown.patch(model, **settings)
+    def calls_of_op(self) -> dict[str, int]:
+        """How often one step calls each of this package's ops, by name. May take a step."""
 
 
 class EagerDecoder:
     """The model's own forward in a Python loop, with the cache that grows."""
 
-    def __init__(self, model: Any, prompt: torch.Tensor, patch: Patcher) -> None:
-        self.model, self.prompt, self.patch = model, prompt, patch
+    def __init__(self, model: Any, prompt: torch.Tensor) -> None:
+        self.model, self.prompt = model, prompt
         self.generated: list[torch.Tensor] = []
 
     @torch.inference_mode()
@@ -64,6 +52,9 @@ class EagerDecoder:
     def tokens(self) -> list[int]:
         return torch.cat(self.generated, 1)[0].tolist()
 
+    def calls_of_op(self) -> dict[str, int]:
+        return calls_of_op(self.step)
+
 
 class StaticDecoder:
     """The model over a static cache, everything on the device: optionally compiled, and captured in a CUDA graph where there is one.
@@ -72,12 +63,10 @@ class StaticDecoder:
         max_length: positions of the cache. compile: whether ``torch.compile`` takes the model. graph: whether a step is captured.
     """
 
-    def __init__(
-        self, model: Any, prompt: torch.Tensor, patch: Patcher, max_length: int, *, compile: bool, graph: bool
-    ) -> None:
+    def __init__(self, model: Any, prompt: torch.Tensor, max_length: int, *, compile: bool, graph: bool) -> None:
         from transformers import StaticCache
 
-        self.model, self.prompt, self.patch = model, prompt, patch
+        self.model, self.prompt = model, prompt
         self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
         # transformers 5 takes positions from position_ids and the cache itself, transformers 4 from cache_position.
         self.takes_cache_position = "cache_position" in inspect.signature(type(model).forward).parameters
@@ -89,13 +78,9 @@ class StaticDecoder:
         with torch.no_grad():
             self._prefill()
         self.rewind()
-        with patch():
-            if graph:
-                self._run: Callable[[], None] = self._capture()
-            else:
-                for _ in range(NUM_WARMUP_STEPS):
-                    self._decode()
-                self._run = self._decode
+        self._run: Callable[[], None] = self._capture() if graph else self._decode
+        if not graph:
+            self._warm_up()
         self.rewind()
 
     def _prefill(self) -> None:
@@ -115,16 +100,22 @@ class StaticDecoder:
         self.position.add_(1)
         self.generated.index_copy_(0, self.position, self.token[0])
 
+    def _warm_up(self) -> None:
+        for _ in range(NUM_WARMUP_STEPS - 1):
+            self._decode()
+        # A replay makes no calls, so they are counted here.
+        self.counted_calls = calls_of_op(self._decode)
+
     def _capture(self) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(NUM_WARMUP_STEPS):
-                self._decode()
-        torch.cuda.current_stream().wait_stream(stream)
+            self._warm_up()
+        stream.synchronize()
         self.rewind()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # In the stream that is warm, whose workspaces exist. Only this thread is held to what a capture allows: others may draw.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._decode()
         return graph.replay
 
@@ -147,13 +138,15 @@ class StaticDecoder:
     def tokens(self) -> list[int]:
         return self.generated[self.prompt.shape[1] : int(self.position) + 1].tolist()
 
+    def calls_of_op(self) -> dict[str, int]:
+        return self.counted_calls
+
 
 class LoopDecoder:
     """The hand-written eager loop of ``e2e_loop``."""
 
     def __init__(self, model: LoopModel, prompt: torch.Tensor, mlp_down: MLPDownFunction) -> None:
         self.model, self.prompt, self.mlp_down = model, prompt[0], mlp_down
-        self.patch = not_patched
 
     def rewind(self) -> None:
         logits = self.model.forward(self.prompt, 0, self.mlp_down)
@@ -167,6 +160,9 @@ class LoopDecoder:
 
     def tokens(self) -> list[int]:
         return torch.cat(self.generated).tolist()
+
+    def calls_of_op(self) -> dict[str, int]:
+        return calls_of_op(self.step)
 
 
 def forced_logits(model: Any, prompt: torch.Tensor, continuation: torch.Tensor) -> torch.Tensor:
@@ -189,6 +185,14 @@ def forced_loop_logits(
         model.forward(token.view(1), prompt.shape[1] + index, mlp_down)[0] for index, token in enumerate(continuation)
     ]
     return torch.stack(rows)
+
+
+def calls_of_op(step: Callable[[], object]) -> dict[str, int]:
+    """How often ``step`` calls each of this package's ops, by name."""
+    # Of the CPU's activities only: what is asked for is the dispatcher's calls, and the GPU's own tracing would slow what follows.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return {event.key: event.count for event in profile.key_averages() if event.key.startswith("mlpdown::")}
 
 
 @contextlib.contextmanager

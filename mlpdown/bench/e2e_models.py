@@ -144,6 +144,11 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
+def twin(model: Any) -> Any:
+    """A second model around the weights of ``model``, which it shares."""
+    return assemble(type(model), model.config, model.state_dict())
+
+
 def in_float64(model: Any) -> Any:
     """A copy of ``model`` in float64, the oracle's."""
     return assemble(type(model), model.config, {name: tensor.double() for name, tensor in model.state_dict().items()})

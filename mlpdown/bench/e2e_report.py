@@ -1,38 +1,38 @@
-"""What an end-to-end run found: rows, table, JSON, plot."""
+"""What an end-to-end run found: rows, table, JSON, plot.
+
+The file is one object:
+
+    benchmark, schema_version   "e2e", 2
+    machine         what :func:`mlpdown.bench.machine.describe` says, and transformers' version
+    model, dtype, device, settings
+    logits, tokens  the checks, :class:`LogitsCheck` and :class:`TokensCheck`
+    rows            a list, one entry a mode and length: the members of :class:`Row`, and what it makes of its pairs
+        mode, cache_length, num_tokens, num_pairs
+        stock_ms, patched_ms    {median, low, high, quartiles} of milliseconds a token
+        ratio                   the same, of stock over patched of each pair
+        total_stock_ms, total_patched_ms, total_ratio   of the whole decode: mean over passes, milliseconds
+    passes          a list, one entry a decode that was timed: mode, cache_length, and pairs [[end, num_steps, stock_ms, patched_ms]]
+    build_seconds   mode and cache -> [stock, patched]
+    calls_of_op     mode and cache -> {"stock", "patched"} -> op of this package -> its calls in one step
+    not_run, failed why anything was left out, and what went wrong
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpdown.bench import machine
 from mlpdown.bench.e2e_check import LogitsCheck, TokensCheck
+from mlpdown.bench.e2e_passes import Passes, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
-
-
-@dataclasses.dataclass
-class Row:
-    """Time per output token, in milliseconds, of each run of one mode to one length."""
-
-    mode: str
-    cache_length: int | None
-    """Positions of a static cache; None for a cache that grows or is flat."""
-    num_tokens: int
-    stock_ms: list[float] = dataclasses.field(default_factory=list)
-    patched_ms: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        """Stock over patched, of the medians."""
-        return statistics.median(self.stock_ms) / statistics.median(self.patched_ms)
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass
@@ -43,41 +43,73 @@ class Report:
     dtype: str
     device: str
     settings: dict[str, Any]
+    commit: str | None = None
+    """Where the checkout does not say."""
     logits: list[LogitsCheck] = dataclasses.field(default_factory=list)
     tokens: list[TokensCheck] = dataclasses.field(default_factory=list)
+    passes: list[Passes] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
+    build_seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    calls_of_op: dict[str, dict[str, dict[str, int]]] = dataclasses.field(default_factory=dict)
     not_run: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
 
     def table(self) -> Table:
-        """Time per output token, median and range over the runs."""
+        """Time per output token, medians; the ratio with the interval that its median lies in."""
         from rich.table import Table
 
-        table = Table(title=f"{self.model}, {self.dtype}, {self.device}: ms per output token", title_justify="left")
-        for heading in ("mode", "cache", "tokens", "PyTorch", "patched", "PyTorch / patched"):
+        title = f"{self.model}, {self.dtype}, {self.device}: ms per output token, medians (quartiles)"
+        table = Table(title=title, title_justify="left")
+        headings = ("mode", "tokens", "pairs", "PyTorch", "mlpdown", "ratio, median (95 %)", "of total time")
+        for heading in headings:
             table.add_column(heading, justify="left" if heading == "mode" else "right")
         for row in self.rows:
-            cache = "-" if row.cache_length is None else str(row.cache_length)
             table.add_row(
-                row.mode, cache, str(row.num_tokens), _spread(row.stock_ms), _spread(row.patched_ms), f"{row.ratio:.3f}"
+                mode_label(row.mode, row.cache_length),
+                str(row.num_tokens),
+                str(len(row.pairs)),
+                *("{:.3f} ({:.3f}-{:.3f})".format(ms.median, *ms.quartiles) for ms in (row.stock_ms, row.patched_ms)),
+                f"{row.ratio.median:.3f} ({row.ratio.low:.3f}-{row.ratio.high:.3f})",
+                f"{row.total_stock_ms / row.total_patched_ms:.3f}",
             )
         return table
 
     def write_json(self, path: Path) -> None:
-        """All runs, checks and what they ran on. Times are in milliseconds."""
+        """All pairs, checks and what they ran on."""
+        pairs = {
+            "passes": [
+                {
+                    "mode": group.mode,
+                    "cache_length": group.cache_length,
+                    "pairs": [
+                        [pair.end, pair.num_steps, round(pair.stock_ms, 4), round(pair.patched_ms, 4)] for pair in one
+                    ],
+                }
+                for group in self.passes
+                for one in group.passes
+            ]
+        }
+        facts = {**machine.describe(), "transformers": importlib.metadata.version("transformers")}
         content = {
             "benchmark": "e2e",
             "schema_version": SCHEMA_VERSION,
-            "machine": {**machine.describe(), "transformers": importlib.metadata.version("transformers")},
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name not in ("logits", "tokens", "rows")
-            },
+            "machine": {**facts, "commit": self.commit or facts["commit"]},
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "settings": self.settings,
             "logits": [{**dataclasses.asdict(check), "bound": check.bound} for check in self.logits],
             "tokens": [dataclasses.asdict(check) for check in self.tokens],
-            "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in self.rows],
+            "rows": [row.content() for row in self.rows],
+            "build_seconds": self.build_seconds,
+            "calls_of_op": self.calls_of_op,
+            "not_run": self.not_run,
+            "failed": self.failed,
         }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        # A pair a line would be most of the file.
+        text = json.dumps(content, indent=1).removesuffix("\n}") + ",\n" + json.dumps(pairs)[1:] + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
     def write_plot(self, path: Path) -> None:
         """Time per output token over the number of tokens, one colour a mode, dashed for PyTorch."""
@@ -88,20 +120,9 @@ class Report:
         for index, mode in enumerate(dict.fromkeys(row.mode for row in self.rows)):
             rows = sorted((row for row in self.rows if row.mode == mode), key=lambda row: row.num_tokens)
             lengths = [row.num_tokens for row in rows]
-            axes.plot(
-                lengths,
-                [statistics.median(row.stock_ms) for row in rows],
-                "o--",
-                color=f"C{index}",
-                label=f"{mode}, PyTorch",
-            )
-            axes.plot(
-                lengths,
-                [statistics.median(row.patched_ms) for row in rows],
-                "o-",
-                color=f"C{index}",
-                label=f"{mode}, patched",
-            )
+            stock, patched = [row.stock_ms.median for row in rows], [row.patched_ms.median for row in rows]
+            axes.plot(lengths, stock, "o--", color=f"C{index}", label=f"{mode}, PyTorch")
+            axes.plot(lengths, patched, "o-", color=f"C{index}", label=f"{mode}, mlpdown")
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("output tokens")
@@ -111,8 +132,6 @@ class Report:
         figure.savefig(path)
 
 
-def _spread(milliseconds: list[float]) -> str:
-    median = statistics.median(milliseconds)
-    if len(milliseconds) == 1:
-        return f"{median:.3f}"
-    return f"{median:.3f} ({min(milliseconds):.3f}-{max(milliseconds):.3f})"
+def mode_label(mode: str, cache_length: int | None) -> str:
+    """The mode, and the positions of its cache where it reads all of them at every step."""
+    return mode if cache_length is None else f"{mode}, cache of {cache_length}"

@@ -12,7 +12,7 @@ import torch
 
 import mlpdown
 from mlpdown.bench import e2e, e2e_models
-from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, StaticDecoder, not_patched, patcher
+from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, StaticDecoder
 
 from .conftest import NUM_LAYERS, greedy, make_model, step
 
@@ -23,9 +23,8 @@ NATIVE: dict[str, Any] = {"backend": "native"}
 
 def decode(decoder: Decoder, num_tokens: int = 12) -> list[int]:
     decoder.rewind()
-    with decoder.patch():
-        for _ in range(num_tokens - 1):
-            decoder.step()
+    for _ in range(num_tokens - 1):
+        decoder.step()
     return decoder.tokens()
 
 
@@ -66,17 +65,19 @@ def test_auto_takes_native_for_every_decoded_token(family: str, calls: Any) -> N
 def test_cuda_graph_decodes_what_eager_code_decodes(
     gpt_neox: Any, cuda_prompt: torch.Tensor, weight_prefetch: bool
 ) -> None:
-    patch = patcher(gpt_neox, {**NATIVE, "weight_prefetch": weight_prefetch})
-    static = decode(StaticDecoder(gpt_neox, cuda_prompt, patch, 32, compile=False, graph=False))
-    captured = StaticDecoder(gpt_neox, cuda_prompt, patch, 32, compile=False, graph=True)
+    mlpdown.patch(gpt_neox, **NATIVE, weight_prefetch=weight_prefetch)
+    static = decode(StaticDecoder(gpt_neox, cuda_prompt, 32, compile=False, graph=False))
+    captured = StaticDecoder(gpt_neox, cuda_prompt, 32, compile=False, graph=True)
     assert decode(captured) == static
     assert decode(captured) == static, "a graph replays as often as one likes"
 
 
 def test_compiled_model_with_the_native_op_in_a_cuda_graph(gpt_neox: Any, cuda_prompt: torch.Tensor) -> None:
     torch._dynamo.reset()
-    compiled = StaticDecoder(gpt_neox, cuda_prompt, patcher(gpt_neox, NATIVE), 32, compile=True, graph=True)
-    eager = EagerDecoder(gpt_neox, cuda_prompt, not_patched)
+    eager = EagerDecoder(e2e_models.twin(gpt_neox), cuda_prompt)
+    mlpdown.patch(gpt_neox, **NATIVE)
+    compiled = StaticDecoder(gpt_neox, cuda_prompt, 32, compile=True, graph=True)
+    assert compiled.calls_of_op() == {e2e.NATIVE_OP: 3}
     assert decode(compiled)[0] == decode(eager)[0]
     assert len(decode(compiled)) == 12
 
@@ -125,8 +126,10 @@ def test_e2e_command_in_every_mode(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     e2e.add_arguments(parser)
     results = tmp_path / "e2e.json"
-    words = ["--size", "70m", "--tokens", "16,64", "--repeats", "2", "--weight-prefetch", "--json", str(results)]
+    words = ["--size", "70m", "--tokens", "16,64", "--pairs", "8", "--weight-prefetch", "--json", str(results)]
     assert e2e.main(parser.parse_args(words)) == 0
     content = json.loads(results.read_text())
     assert {row["mode"] for row in content["rows"]} == set(e2e.MODES)
-    assert content["not_run"] == []
+    assert content["not_run"] == content["failed"] == []
+    num_layers = e2e_models.SIZES["70m"].num_layers
+    assert [calls["patched"] for calls in content["calls_of_op"].values()] == [{e2e.NATIVE_OP: num_layers}] * 4
