@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .bench.e2e_report import mode_label
 from .bench.results import Result, median, read_report
 from .bench.tables import COMPILED_PEERS, best
 from .receipt_stages import summarize
@@ -44,7 +45,7 @@ def figures(folder: Path) -> str:
         date = machine.get("date", "")
         if content.get("benchmark") == "op" and content.get("results"):
             operations.append((date, path))
-        elif content.get("benchmark") == "e2e":
+        elif content.get("benchmark") == "e2e" and content.get("rows"):
             models.append((date, content))
         elif content.get("receipt") == "gpu":
             lights.append((date, content))
@@ -100,16 +101,26 @@ def _with_share(value: float | None, floor: float | None) -> str:
 
 
 def _model_figures(content: dict[str, Any]) -> str:
+    prefetch = ", weight_prefetch" if content["settings"]["weight_prefetch"] else ""
     lines = [
-        f"{content['model']}, {content['dtype']}: milliseconds a token, medians.",
+        _made_on(content["machine"]),
         "",
-        "| mode | tokens | PyTorch | patched | PyTorch over patched |",
+        f"{content['model']}, {content['dtype']}{prefetch}. Medians over blocks of a few tokens that PyTorch and mlpdown decode in turns.",
+        "The ratio is that of a pair of such blocks; in brackets, where its median lies with 95 %.",
+        "",
+        "| mode | tokens | PyTorch ms/token | mlpdown ms/token | ratio |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in content["rows"]:
-        stock, patched = median(row["stock_ms"]), median(row["patched_ms"])
-        lines.append(f"| {row['mode']} | {row['num_tokens']} | {stock:.3f} | {patched:.3f} | {row['ratio']:.3f} |")
-    return "\n".join([*lines, ""])
+        ratio = row["ratio"]
+        lines.append(
+            f"| {mode_label(row['mode'], row['cache_length'])} | {row['num_tokens']} | {row['stock_ms']['median']:.3f} "
+            f"| {row['patched_ms']['median']:.3f} | {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) |"
+        )
+    lines.append("")
+    if content["failed"]:
+        lines += [f"Failed there: {'; '.join(content['failed'])}.", ""]
+    return "\n".join(lines)
 
 
 def _light_figures(content: dict[str, Any]) -> str:
@@ -122,6 +133,8 @@ def _light_figures(content: dict[str, Any]) -> str:
 
 def _made_on(machine: dict[str, Any]) -> str:
     words = [machine.get("gpu") or machine["platform"], f"torch {machine['torch']}"]
+    if machine.get("transformers"):
+        words.append(f"transformers {machine['transformers']}")
     if machine.get("driver"):
         words.append(f"driver {machine['driver']}")
     if machine.get("commit"):

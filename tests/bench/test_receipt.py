@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from mlpdown import receipt, receipt_stages
+from mlpdown.bench import e2e_report
+from mlpdown.bench.e2e_passes import Passes
+from mlpdown.bench.e2e_timing import Pair
 from mlpdown.bench.results import Report, Result
 from mlpdown.receipt_readme import BEGIN, END, README, RECEIPTS, figures, update_readme, with_figures
 from mlpdown.receipt_stages import STAGES, Stage, read_junit, run_stage, summarize
@@ -131,14 +134,21 @@ def operation(date: str, native: float) -> Report:
     return Report(machine(date), {"tb_per_s": [4.49]}, results=[result])
 
 
+def end_to_end() -> e2e_report.Report:
+    settings = {"weight_prefetch": True}
+    report = e2e_report.Report("GPT-NeoX 2.8b", "float16", "NVIDIA H200", settings, failed=["graph: no device"])
+    passes = [[Pair(4, 4, 3.0, 2.5), Pair(8, 4, 3.0, 2.5)]]
+    report.passes = [Passes("compile", 32, passes), Passes("loop", None, passes)]
+    report.rows = [report.passes[0].row(8), report.passes[1].row(4)]
+    return report
+
+
 def test_figures_are_those_of_the_newest_receipts(tmp_path: Path) -> None:
     assert figures(tmp_path) == "No receipt has been made yet.\n"
     operation("2025-01-02T00:00:00+00:00", 12.4).write(tmp_path / "new.json")
     operation("2025-01-01T00:00:00+00:00", 99.9).write(tmp_path / "old.json")
     (tmp_path / "new.svg").write_text("<svg/>")
-    row = {"mode": "compile", "num_tokens": 16, "stock_ms": [3.0], "patched_ms": [2.5], "ratio": 1.2}
-    model = {"benchmark": "e2e", "machine": machine("2025-01-01"), "model": "GPT-NeoX 2.8b", "dtype": "float16", "rows": [row]}
-    (tmp_path / "e2e.json").write_text(json.dumps(model))
+    end_to_end().write_json(tmp_path / "e2e.json")
     (tmp_path / "tests.xml").write_text(JUNIT)
     stages = {"hazard": {"verdict": "failed", "seconds": 3, "findings": read_junit(tmp_path / "tests.xml"), "log_tail": ""}}
     light = {"receipt": "gpu", "schema_version": 1, "machine": machine("2025-01-01"), "stages": stages}
@@ -148,7 +158,10 @@ def test_figures_are_those_of_the_newest_receipts(tmp_path: Path) -> None:
     assert "99.9" not in block
     assert "CPU time of an eager call: 7.5 us, PyTorch's three calls 28.0 us." in block
     assert f"({RECEIPTS}/new.svg)" in block
-    assert "| compile | 16 | 3.000 | 2.500 | 1.200 |" in block
+    assert "GPT-NeoX 2.8b, float16, weight_prefetch." in block
+    assert "| compile, cache of 32 | 8 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in block
+    assert "| loop | 4 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in block
+    assert "Failed there: graph: no device." in block
     assert "| hazard | failed | 1 passed, 1 failed, 1 skipped |" in block
 
 
