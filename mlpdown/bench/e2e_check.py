@@ -121,7 +121,7 @@ class Oracle:
         num_alike = next((index for index in range(num_tokens) if one[index] != other[index]), num_tokens)
         limit = 2 * self.largest_error
         check = TokensCheck(name, num_tokens, num_alike, self._shortfall(one), self._shortfall(other), limit)
-        if not max(check.stock, check.patched) <= limit:  # a NaN is not
+        if not (check.stock <= limit and check.patched <= limit):  # a NaN is not
             raise CheckError(f"{check}: rounding does not explain that")
         return check
 
