@@ -190,7 +190,7 @@ def forced_loop_logits(
 def calls_of_op(step: Callable[[], object]) -> dict[str, int]:
     """How often ``step`` calls each of this package's ops, by name."""
     # Of the CPU's activities only: what is asked for is the dispatcher's calls, and the GPU's own tracing would slow what follows.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         step()
     return {event.key: event.count for event in profile.key_averages() if event.key.startswith("mlpdown::")}
 

@@ -36,7 +36,10 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A median and what is known of it: the interval that holds it with 95 %, were pairs independent, and the quartiles."""
+    """A median and what is known of it: the quartiles, and the interval that holds it with 95 %, were pairs independent.
+
+    Of fewer than six samples no interval holds it so surely; it is then from the least to the largest.
+    """
 
     median: float
     low: float
