@@ -13,7 +13,20 @@ from .plan import Device, Plan, check_plan, choose_plan
 
 MINIMUM_COMPUTE_CAPABILITY = (9, 0)
 
-PlanArguments = tuple[int, int, int, int, int, int, bool, bool]
+# The op takes its plan as one number (native/op.cpp unpacks it): so many bits for each of these, the first one lowest. They are the members
+# of MlpDownPlan (native/problem.h), in its order. To torch, every number of a call is another argument to look at: one for each member took
+# longer than all checks of the op.
+BITS_PER_PLAN_MEMBER = 6
+PLAN_MEMBERS = (
+    "rows_in_registers",
+    "cluster_size",
+    "rows_per_warp",
+    "rows_per_stage",
+    "num_stages",
+    "num_consumer_warps",
+    "weight_prefetch",
+    "dependent_launch",
+)
 
 
 # The op's overloads, once the library is loaded: globals, because a look-up in torch.ops costs more.
@@ -46,15 +59,15 @@ def load() -> None:
     _partial_sums = torch.ops.mlpdown.partial_sums.default
 
 
-def _fake(hidden_states, attn_output, mlp_intermediate, weight, bias, *plan):
+def _fake(hidden_states, attn_output, mlp_intermediate, weight, bias, plan):
     return torch.empty_like(hidden_states)
 
 
-def _fake_out(hidden_states, attn_output, mlp_intermediate, weight, bias, *plan, out):
+def _fake_out(hidden_states, attn_output, mlp_intermediate, weight, bias, plan, out):
     return None
 
 
-def _fake_partial_sums(mlp_intermediate, weight, *plan):
+def _fake_partial_sums(mlp_intermediate, weight, plan):
     return mlp_intermediate.new_empty((weight.shape[0],), dtype=torch.float32)
 
 
@@ -81,37 +94,37 @@ def refusal_of_device(device_index: int) -> Exception | None:
     return None
 
 
-def plan_arguments(
-    hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool
-) -> PlanArguments:
-    """The plan as the op takes it: the caller's, or the one chosen for the shape and device. Raises ValueError if it cannot run there."""
-    return _plan_arguments(hidden_dim, intermediate_dim, device_index, plan, weight_prefetch)
+def pack_plan(plan: Plan) -> int:
+    """The plan as the op takes it."""
+    packed = 0
+    for name in reversed(PLAN_MEMBERS):
+        value = int(getattr(plan, name))
+        if value >> BITS_PER_PLAN_MEMBER != 0:
+            raise ValueError(f"plan.{name} must fit {BITS_PER_PLAN_MEMBER} bits, got {value}")
+        packed = packed << BITS_PER_PLAN_MEMBER | value
+    return packed
+
+
+def packed_plan(shape: tuple[int, ...], device_index: int, plan: Plan | None, weight_prefetch: bool) -> int:
+    """The caller's plan, or the one chosen for the weight's shape and the device, as the op takes it. Raises ValueError if it cannot run
+    there."""
+    return _packed_plan(shape, device_index, plan, weight_prefetch)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second.
-plan_arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
+packed_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_arguments(
-    hidden_dim: int, intermediate_dim: int, device_index: int, plan: Plan | None, weight_prefetch: bool
-) -> PlanArguments:
+def _packed_plan(shape: tuple[int, ...], device_index: int, plan: Plan | None, weight_prefetch: bool) -> int:
+    hidden_dim, intermediate_dim = shape
     device = device_properties(device_index)
     if plan is None:
         plan = choose_plan(hidden_dim, intermediate_dim, device, weight_prefetch=weight_prefetch)
     elif weight_prefetch:
         plan = dataclasses.replace(plan, weight_prefetch=True)
     check_plan(plan, intermediate_dim, device)
-    return (
-        plan.cluster_size,
-        plan.rows_per_warp,
-        plan.rows_per_stage,
-        plan.num_stages,
-        plan.num_consumer_warps,
-        plan.rows_in_registers,
-        plan.weight_prefetch,
-        plan.dependent_launch,
-    )
+    return pack_plan(plan)
 
 
 def run(
@@ -127,7 +140,6 @@ def run(
     """As :func:`mlpdown.run`. The op itself refuses arguments that it cannot take, with a RuntimeError."""
     if _mlp_down is None:
         load()
-    hidden_dim, intermediate_dim = weight.shape
     if mlp_intermediate.numel() == 0:
         # Nothing to launch, so that the op cannot refuse what is wrong.
         validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
@@ -135,10 +147,10 @@ def run(
         if refusal is not None:
             raise refusal
         return torch.empty_like(hidden_states) if out is None else out
-    arguments = plan_arguments(hidden_dim, intermediate_dim, weight.get_device(), plan, weight_prefetch)
+    packed = packed_plan(weight.shape, weight.get_device(), plan, weight_prefetch)
     if out is None:
-        return _mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias, *arguments)
-    _mlp_down_out(hidden_states, attn_output, mlp_intermediate, weight, bias, *arguments, out=out)
+        return _mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias, packed)
+    _mlp_down_out(hidden_states, attn_output, mlp_intermediate, weight, bias, packed, out=out)
     return out
 
 
@@ -151,6 +163,5 @@ def partial_sums(
     shape = (*mlp_intermediate.shape[:-1], weight.shape[0])
     if mlp_intermediate.numel() == 0:
         return torch.empty(shape, dtype=torch.float32, device=weight.device)
-    hidden_dim, intermediate_dim = weight.shape
-    arguments = plan_arguments(hidden_dim, intermediate_dim, weight.get_device(), plan, weight_prefetch)
-    return _partial_sums(mlp_intermediate, weight, *arguments).view(shape)
+    packed = packed_plan(weight.shape, weight.get_device(), plan, weight_prefetch)
+    return _partial_sums(mlp_intermediate, weight, packed).view(shape)

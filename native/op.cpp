@@ -14,6 +14,7 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 
 namespace {
@@ -74,22 +75,23 @@ bool overlap(const Tensor& out, const Tensor& tensor) {
   return out_begin < begin + tensor.numel() * tensor.element_size() && begin < out_begin + out.numel() * out.element_size();
 }
 
-unsigned int plan_value(int64_t value) {
-  STD_TORCH_CHECK(value >= 0 && value < (int64_t{1} << 31), "plan values must be in [0, 2**31), got ", value);
-  return static_cast<unsigned int>(value);
-}
+// The plan comes as one number, since torch takes as long over a number as over a tensor: kPlanBits for each member of MlpDownPlan, in the
+// struct's order, the first one lowest. mlpdown/native_backend.py packs it.
+constexpr unsigned int kPlanBits = 6;
 
-MlpDownPlan make_plan(int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                      int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
-  MlpDownPlan plan = {};
-  plan.cluster_size = plan_value(cluster_size);
-  plan.rows_per_warp = plan_value(rows_per_warp);
-  plan.rows_per_stage = plan_value(rows_per_stage);
-  plan.num_stages = plan_value(num_stages);
-  plan.num_consumer_warps = plan_value(num_consumer_warps);
-  plan.rows_in_registers = plan_value(rows_in_registers);
-  plan.weight_prefetch = weight_prefetch;
-  plan.dependent_launch = dependent_launch;
+MlpDownPlan unpack_plan(int64_t packed) {
+  constexpr unsigned int kNumMembers = sizeof(MlpDownPlan) / sizeof(unsigned int);
+  static_assert(kNumMembers * kPlanBits < 64, "the plan does not fit a number");
+  STD_TORCH_CHECK(packed >= 0 && packed >> (kNumMembers * kPlanBits) == 0, "plan must be ", kNumMembers, " numbers of ", kPlanBits,
+                  " bits, got ", packed);
+  unsigned int members[kNumMembers];
+  for (unsigned int& member : members) {
+    member = packed & ((1u << kPlanBits) - 1);
+    packed >>= kPlanBits;
+  }
+  MlpDownPlan plan;
+  static_assert(sizeof plan == sizeof members, "every member of MlpDownPlan has the size of an unsigned int");
+  std::memcpy(&plan, members, sizeof plan);
   return plan;
 }
 
@@ -136,52 +138,41 @@ void launch_into(const Tensor& hidden_states, const OptionalTensor& attn_output,
 }
 
 Tensor mlp_down_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
-                     int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                     int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
+                     int64_t plan) {
   const Tensor out = torch::stable::empty_like(hidden_states);
-  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
-              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch), out);
+  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias, unpack_plan(plan), out);
   return out;
 }
 
 void mlp_down_out_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
-                       int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage, int64_t num_stages, int64_t num_consumer_warps,
-                       int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch, Tensor out) {
+                       int64_t plan, Tensor out) {
   check_tensor(out, "out", weight, hidden_states.numel());
   check_same_shape(out, "out", hidden_states);
   STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
                       !overlap(out, weight) && !(bias && overlap(out, *bias)),
                   "out must not overlap an input");
-  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias,
-              make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch), out);
+  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias, unpack_plan(plan), out);
 }
 
-Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t cluster_size, int64_t rows_per_warp, int64_t rows_per_stage,
-                         int64_t num_stages, int64_t num_consumer_warps, int64_t rows_in_registers, bool weight_prefetch, bool dependent_launch) {
+Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t plan) {
   MlpDownProblem problem = check_product(mlp_intermediate, weight);
   const int64_t size[] = {problem.hidden_dim};
   const Tensor out = torch::stable::new_empty(mlp_intermediate, torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Float);
   problem.out = out.data_ptr();
   problem.is_partial_sums = 1;
-  launch(problem, make_plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_consumer_warps, rows_in_registers, weight_prefetch, dependent_launch),
-         weight.get_device_index());
+  launch(problem, unpack_plan(plan), weight.get_device_index());
   return out;
 }
 
 }  // namespace
 
-#define MLPDOWN_PLAN_SCHEMA                                                                                                     \
-  "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, int rows_in_registers, bool weight_prefetch, bool " \
-  "dependent_launch"
-
 STABLE_TORCH_LIBRARY(mlpdown, library) {
   library.def(
-      "mlp_down(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, " MLPDOWN_PLAN_SCHEMA
-      ") -> Tensor");
+      "mlp_down(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan) -> Tensor");
   library.def(
-      "mlp_down.out(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, " MLPDOWN_PLAN_SCHEMA
-      ", *, Tensor(a!) out) -> ()");
-  library.def("partial_sums(Tensor mlp_intermediate, Tensor weight, " MLPDOWN_PLAN_SCHEMA ") -> Tensor");
+      "mlp_down.out(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan, *, "
+      "Tensor(a!) out) -> ()");
+  library.def("partial_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlpdown, CUDA, library) {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
+import re
 import threading
 
 import pytest
@@ -13,14 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlpdown
 from mlpdown import native_backend, ops
-from mlpdown.plan import H200, Device, Plan, choose_plan
+from mlpdown.build import sources
+from mlpdown.plan import H200, Device, Plan
 
-PLAN_SCHEMA = (
-    "int cluster_size, int rows_per_warp, int rows_per_stage, int num_stages, int num_consumer_warps, "
-    "int rows_in_registers, bool weight_prefetch, bool dependent_launch"
-)
 TENSORS = "Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias"
-PLAN = (4, 1, 4, 4, 8, 0, False, True)
+PLAN = native_backend.pack_plan(Plan(4, 1, 4, 4, 8))
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -45,36 +44,43 @@ def arguments(
 
 
 def test_schemas() -> None:
-    assert str(torch.ops.mlpdown.mlp_down.default._schema) == f"mlpdown::mlp_down({TENSORS}, {PLAN_SCHEMA}) -> Tensor"
+    assert str(torch.ops.mlpdown.mlp_down.default._schema) == f"mlpdown::mlp_down({TENSORS}, int plan) -> Tensor"
     assert (
         str(torch.ops.mlpdown.mlp_down.out._schema)
-        == f"mlpdown::mlp_down.out({TENSORS}, {PLAN_SCHEMA}, *, Tensor(a!) out) -> ()"
+        == f"mlpdown::mlp_down.out({TENSORS}, int plan, *, Tensor(a!) out) -> ()"
     )
     assert (
         str(torch.ops.mlpdown.partial_sums.default._schema)
-        == f"mlpdown::partial_sums(Tensor mlp_intermediate, Tensor weight, {PLAN_SCHEMA}) -> Tensor"
+        == "mlpdown::partial_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor"
     )
 
 
-def test_plan_goes_to_the_op_in_the_order_of_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
-    chosen = choose_plan(96, 512, H200)
-    names = [argument.name for argument in torch.ops.mlpdown.mlp_down.default._schema.arguments][5:]
-    native_backend._plan_arguments.cache_clear()
-    try:
-        values = native_backend.plan_arguments(96, 512, 0, None, False)
-    finally:
-        native_backend._plan_arguments.cache_clear()
-    assert dict(zip(names, values, strict=True)) == {name: getattr(chosen, name) for name in names}
+def test_plan_is_packed_as_the_op_unpacks_it() -> None:
+    """Member by member of the kernel's structure, whose order is the header's."""
+    header = (sources.native_folder() / "problem.h").read_text()
+    body = header.partition("struct MlpDownPlan {")[2].partition("};")[0]
+    names = re.findall(r"^ +(?:unsigned )?int (\w+);", body, re.MULTILINE)
+    assert len(names) == len(dataclasses.fields(Plan))
+    for plan in (Plan(4, 1, 4, 3, 8), Plan(8, 4, 32, 16, 16, True, True, 4), Plan.in_registers(2, weight_prefetch=True)):
+        packed, values = native_backend.pack_plan(plan), {}
+        for name in names:
+            packed, values[name] = divmod(packed, 1 << native_backend.BITS_PER_PLAN_MEMBER)
+        assert (values, packed) == (dataclasses.asdict(plan), 0)
+
+
+@pytest.mark.parametrize("value", [64, -1])
+def test_plan_that_does_not_fit_is_not_packed(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^plan\.num_stages must fit 6 bits, got {value}$"):
+        native_backend.pack_plan(Plan(1, 1, 1, value, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck_on_meta_tensors(dtype: torch.dtype, optional: bool) -> None:
     tensors = arguments("meta", dtype, optional=optional)
-    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.default, (*tensors, *PLAN), test_utils=CHECKS)
+    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.default, (*tensors, PLAN), test_utils=CHECKS)
     assert checked == dict.fromkeys(CHECKS, "SUCCESS")
-    product = (tensors[2], tensors[3], *PLAN)
+    product = (tensors[2], tensors[3], PLAN)
     checked = torch.library.opcheck(torch.ops.mlpdown.partial_sums.default, product, test_utils=CHECKS)
     assert checked == dict.fromkeys(CHECKS, "SUCCESS")
 
@@ -83,7 +89,7 @@ def test_opcheck_of_the_overload_that_writes_into_out() -> None:
     tensors = arguments("meta")
     out = torch.empty(1, 96, dtype=torch.float16, device="meta")
     checks = ("test_schema", "test_faketensor")
-    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.out, (*tensors, *PLAN), {"out": out}, test_utils=checks)
+    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.out, (*tensors, PLAN), {"out": out}, test_utils=checks)
     assert checked == dict.fromkeys(checks, "SUCCESS")
 
 
@@ -92,24 +98,24 @@ def test_fake_results_are_like_real_ones(shape: tuple[int, ...]) -> None:
     with FakeTensorMode():
         _, _, mlp_intermediate, weight, _ = arguments("cuda")
         hidden_states = torch.empty(shape, dtype=torch.float16, device="cuda")
-        result = torch.ops.mlpdown.mlp_down(hidden_states, None, mlp_intermediate, weight, None, *PLAN)
+        result = torch.ops.mlpdown.mlp_down(hidden_states, None, mlp_intermediate, weight, None, PLAN)
         assert (result.shape, result.dtype, result.device) == (
             hidden_states.shape,
             hidden_states.dtype,
             hidden_states.device,
         )
-        sums = torch.ops.mlpdown.partial_sums(mlp_intermediate, weight, *PLAN)
+        sums = torch.ops.mlpdown.partial_sums(mlp_intermediate, weight, PLAN)
         assert (sums.shape, sums.dtype, sums.device) == ((96,), torch.float32, hidden_states.device)
 
 
 def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:
     tensors = arguments("cpu")
     with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
-        torch.ops.mlpdown.mlp_down(*tensors, *PLAN)
+        torch.ops.mlpdown.mlp_down(*tensors, PLAN)
     with pytest.raises(RuntimeError, match="out must be on the CUDA device of weight"):
-        torch.ops.mlpdown.mlp_down.out(*tensors, *PLAN, out=torch.empty(1, 96, dtype=torch.float16))
+        torch.ops.mlpdown.mlp_down.out(*tensors, PLAN, out=torch.empty(1, 96, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
-        torch.ops.mlpdown.partial_sums(tensors[2], tensors[3], *PLAN)
+        torch.ops.mlpdown.partial_sums(tensors[2], tensors[3], PLAN)
 
 
 def test_published_entry_point_is_the_op_at_its_size() -> None:
@@ -159,11 +165,12 @@ def test_what_is_asked_of_the_device_is_not_traced(monkeypatch: pytest.MonkeyPat
     plan = Plan(1, 2, 2, 3, 8)
 
     def function(values: torch.Tensor) -> torch.Tensor:
-        arguments = native_backend.plan_arguments(8, 2048, 0, plan, True)
-        return values * arguments[3] if ops._refusal_of_device(0) is None and arguments[6] else values
+        packed = native_backend.packed_plan((8, 2048), 0, plan, True)
+        return values * packed if ops._refusal_of_device(0) is None else values
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
+    packed = native_backend.pack_plan(dataclasses.replace(plan, weight_prefetch=True))
+    assert torch.equal(compiled(torch.ones(3, dtype=torch.int64)), torch.full((3,), packed))
 
 
 def test_auto_says_once_why_native_was_passed_over(

@@ -180,19 +180,15 @@ def test_op_itself_refuses_what_python_would_have() -> None:
     native_backend.load()
     arguments = good()
     ring = Plan(cluster_size=4, rows_per_warp=1, rows_per_stage=4, num_stages=4, num_consumer_warps=8)
-    plan = native_backend.plan_arguments(HIDDEN_DIM, INTERMEDIATE_DIM, 0, ring, False)
+    plan = native_backend.pack_plan(ring)
     for name, tensor in arguments.items():
         for wrong in (tensor.float(), tensor.cpu(), tensor[..., :8], torch.stack([tensor, tensor], -1)[..., 0]):
             with pytest.raises(RuntimeError, match="must"):
-                torch.ops.mlpdown.mlp_down(*{**arguments, name: wrong}.values(), *plan)
-    for values in (
-        (3, *plan[1:]),
-        (-1, *plan[1:]),
-        (1 << 40, *plan[1:]),
-        (plan[0], 7, *plan[2:]),
-        (*plan[:3], 0, *plan[4:]),
-    ):
+                torch.ops.mlpdown.mlp_down(*{**arguments, name: wrong}.values(), plan)
+    changes: list[dict[str, int]] = [{"cluster_size": 3}, {"rows_per_warp": 7}, {"num_stages": 0}]
+    wrong_plans = [native_backend.pack_plan(dataclasses.replace(ring, **change)) for change in changes]
+    for wrong_plan in (*wrong_plans, -1, 1 << 62):
         with pytest.raises(RuntimeError, match="plan|instantiat|compiled"):
-            torch.ops.mlpdown.mlp_down(*arguments.values(), *values)
+            torch.ops.mlpdown.mlp_down(*arguments.values(), wrong_plan)
     with pytest.raises(RuntimeError, match="out must not overlap an input"):
-        torch.ops.mlpdown.mlp_down.out(*arguments.values(), *plan, out=arguments["hidden_states"])
+        torch.ops.mlpdown.mlp_down.out(*arguments.values(), plan, out=arguments["hidden_states"])
