@@ -26,9 +26,31 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr size_t kErrorSize = 512;
 constexpr uintptr_t kAlignment = 16;  // of what bulk copies read
 
-void check_tensor(const Tensor& tensor, const char* name, const Tensor& weight, int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == weight.get_device(), name, " must be on the CUDA device of weight");
-  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), name, " must have the dtype of weight");
+// What every tensor of a call shares with the weight. The dtype is torch's own code, which two tensors can be compared by: scalar_type()
+// looks it up in a table of all dtypes.
+struct Kind {
+  int32_t device_index;
+  int32_t dtype;
+};
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype) == 0, "torch does not say which dtype a tensor has");
+  return dtype;
+}
+
+Kind check_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_cuda(), "weight must be on a CUDA device");
+  const Kind kind = {weight.get_device_index(), dtype_of(weight)};
+  STD_TORCH_CHECK(kind.dtype == aoti_torch_dtype_float16() || kind.dtype == aoti_torch_dtype_bfloat16(),
+                  "weight must be float16 or bfloat16");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix");
+  return kind;
+}
+
+void check_tensor(const Tensor& tensor, const char* name, const Kind& kind, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == kind.device_index, name, " must be on the CUDA device of weight");
+  STD_TORCH_CHECK(dtype_of(tensor) == kind.dtype, name, " must have the dtype of weight");
   STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ", tensor.numel());
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
@@ -43,30 +65,56 @@ void check_last_dim(const Tensor& tensor, const char* name, int64_t size) {
   STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == size, name, " must have a last dimension of ", size);
 }
 
-bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kAlignment == 0; }
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kAlignment == 0; }
 
 // The weight and the activation: what bulk copies read.
-MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.is_cuda(), "weight must be on a CUDA device");
-  const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "weight must be float16 or bfloat16");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix");
+MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weight, const Kind& kind) {
   const int64_t hidden_dim = weight.size(0);
   const int64_t intermediate_dim = weight.size(1);
   STD_TORCH_CHECK(hidden_dim >= 1 && hidden_dim < (int64_t{1} << 31), "hidden_dim must be in [1, 2**31), got ", hidden_dim);
   STD_TORCH_CHECK(intermediate_dim >= 8 && intermediate_dim % 8 == 0 && intermediate_dim < (int64_t{1} << 24),
                   "intermediate_dim must be a positive multiple of 8 below 2**24, got ", intermediate_dim);
-  check_tensor(mlp_intermediate, "mlp_intermediate", weight, intermediate_dim);
+  check_tensor(mlp_intermediate, "mlp_intermediate", kind, intermediate_dim);
   check_last_dim(mlp_intermediate, "mlp_intermediate", intermediate_dim);
-  STD_TORCH_CHECK(is_aligned(weight) && is_aligned(mlp_intermediate), "weight and mlp_intermediate must be 16-byte aligned");
 
   MlpDownProblem problem = {};
   problem.mlp_intermediate = mlp_intermediate.data_ptr();
   problem.weight = weight.data_ptr();
+  STD_TORCH_CHECK(is_aligned(problem.weight) && is_aligned(problem.mlp_intermediate), "weight and mlp_intermediate must be 16-byte aligned");
   problem.hidden_dim = static_cast<unsigned int>(hidden_dim);
   problem.intermediate_dim = static_cast<unsigned int>(intermediate_dim);
-  problem.is_bfloat16 = dtype == ScalarType::BFloat16;
+  problem.is_bfloat16 = kind.dtype == aoti_torch_dtype_bfloat16();
   return problem;
+}
+
+// Everything but `out`.
+MlpDownProblem check_inputs(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate,
+                            const Tensor& weight, const OptionalTensor& bias, const Kind& kind) {
+  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind);
+  const int64_t hidden_dim = problem.hidden_dim;
+  check_tensor(hidden_states, "hidden_states", kind, hidden_dim);
+  check_last_dim(hidden_states, "hidden_states", hidden_dim);
+  problem.hidden_states = hidden_states.data_ptr();
+  if (attn_output) {
+    check_tensor(*attn_output, "attn_output", kind, hidden_dim);
+    check_same_shape(*attn_output, "attn_output", hidden_states);
+    problem.attn_output = attn_output->data_ptr();
+  }
+  if (bias) {
+    check_tensor(*bias, "bias", kind, hidden_dim);
+    STD_TORCH_CHECK(bias->dim() == 1, "bias must have one dimension");
+    problem.bias = bias->data_ptr();
+  }
+  return problem;
+}
+
+// As torch::stable::empty_like, which looks aten::empty_like up by its name and boxes its arguments.
+Tensor empty_like(const Tensor& tensor, const Kind& kind) {
+  AtenTensorHandle result = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), kind.dtype,
+                                           aoti_torch_device_type_cuda(), kind.device_index, &result) == 0,
+                  "torch could not allocate the result");
+  return Tensor(result);
 }
 
 bool overlap(const Tensor& out, const Tensor& tensor) {
@@ -116,51 +164,37 @@ void launch(const MlpDownProblem& problem, const MlpDownPlan& plan, int32_t devi
   STD_TORCH_CHECK(mlpdown_launch(&problem, &plan, stream, error, kErrorSize) == 0, error);
 }
 
-void launch_into(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
-                 const OptionalTensor& bias, const MlpDownPlan& plan, const Tensor& out) {
-  MlpDownProblem problem = check_product(mlp_intermediate, weight);
-  const int64_t hidden_dim = problem.hidden_dim;
-  check_tensor(hidden_states, "hidden_states", weight, hidden_dim);
-  check_last_dim(hidden_states, "hidden_states", hidden_dim);
-  if (attn_output) {
-    check_tensor(*attn_output, "attn_output", weight, hidden_dim);
-    check_same_shape(*attn_output, "attn_output", hidden_states);
-  }
-  if (bias) {
-    check_tensor(*bias, "bias", weight, hidden_dim);
-    STD_TORCH_CHECK(bias->dim() == 1, "bias must have one dimension");
-  }
-  problem.hidden_states = hidden_states.data_ptr();
-  problem.attn_output = attn_output ? attn_output->data_ptr() : nullptr;
-  problem.bias = bias ? bias->data_ptr() : nullptr;
+Tensor mlp_down_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
+                     const OptionalTensor& bias, int64_t plan) {
+  const Kind kind = check_weight(weight);
+  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind);
+  const Tensor out = empty_like(hidden_states, kind);
   problem.out = out.data_ptr();
-  launch(problem, plan, weight.get_device_index());
-}
-
-Tensor mlp_down_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
-                     int64_t plan) {
-  const Tensor out = torch::stable::empty_like(hidden_states);
-  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias, unpack_plan(plan), out);
+  launch(problem, unpack_plan(plan), kind.device_index);
   return out;
 }
 
-void mlp_down_out_cuda(Tensor hidden_states, OptionalTensor attn_output, Tensor mlp_intermediate, Tensor weight, OptionalTensor bias,
-                       int64_t plan, Tensor out) {
-  check_tensor(out, "out", weight, hidden_states.numel());
+void mlp_down_out_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
+                       const OptionalTensor& bias, int64_t plan, const Tensor& out) {
+  const Kind kind = check_weight(weight);
+  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind);
+  check_tensor(out, "out", kind, problem.hidden_dim);
   check_same_shape(out, "out", hidden_states);
   STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
                       !overlap(out, weight) && !(bias && overlap(out, *bias)),
                   "out must not overlap an input");
-  launch_into(hidden_states, attn_output, mlp_intermediate, weight, bias, unpack_plan(plan), out);
+  problem.out = out.data_ptr();
+  launch(problem, unpack_plan(plan), kind.device_index);
 }
 
-Tensor partial_sums_cuda(Tensor mlp_intermediate, Tensor weight, int64_t plan) {
-  MlpDownProblem problem = check_product(mlp_intermediate, weight);
+Tensor partial_sums_cuda(const Tensor& mlp_intermediate, const Tensor& weight, int64_t plan) {
+  const Kind kind = check_weight(weight);
+  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind);
   const int64_t size[] = {problem.hidden_dim};
   const Tensor out = torch::stable::new_empty(mlp_intermediate, torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Float);
   problem.out = out.data_ptr();
   problem.is_partial_sums = 1;
-  launch(problem, unpack_plan(plan), weight.get_device_index());
+  launch(problem, unpack_plan(plan), kind.device_index);
   return out;
 }
 
