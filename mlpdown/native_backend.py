@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from . import validate
 from .plan import Device, Plan, check_plan, choose_plan
 
 MINIMUM_COMPUTE_CAPABILITY = (9, 0)
@@ -140,13 +139,6 @@ def run(
     """As :func:`mlpdown.run`. The op itself refuses arguments that it cannot take, with a RuntimeError."""
     if _mlp_down is None:
         load()
-    if mlp_intermediate.numel() == 0:
-        # Nothing to launch, so that the op cannot refuse what is wrong.
-        validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-        refusal = validate.native_refusal(hidden_states, attn_output, mlp_intermediate, weight, bias)
-        if refusal is not None:
-            raise refusal
-        return torch.empty_like(hidden_states) if out is None else out
     packed = packed_plan(weight.shape, weight.get_device(), plan, weight_prefetch)
     if out is None:
         return _mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias, packed)

@@ -65,16 +65,19 @@ void check_last_dim(const Tensor& tensor, const char* name, int64_t size) {
   STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == size, name, " must have a last dimension of ", size);
 }
 
+// One, or none, of which there is nothing to launch. More are refused by the check of mlp_intermediate.
+int64_t count_tokens(const Tensor& mlp_intermediate) { return mlp_intermediate.numel() == 0 ? 0 : 1; }
+
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kAlignment == 0; }
 
 // The weight and the activation: what bulk copies read.
-MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weight, const Kind& kind) {
+MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weight, const Kind& kind, int64_t num_tokens) {
   const int64_t hidden_dim = weight.size(0);
   const int64_t intermediate_dim = weight.size(1);
   STD_TORCH_CHECK(hidden_dim >= 1 && hidden_dim < (int64_t{1} << 31), "hidden_dim must be in [1, 2**31), got ", hidden_dim);
   STD_TORCH_CHECK(intermediate_dim >= 8 && intermediate_dim % 8 == 0 && intermediate_dim < (int64_t{1} << 24),
                   "intermediate_dim must be a positive multiple of 8 below 2**24, got ", intermediate_dim);
-  check_tensor(mlp_intermediate, "mlp_intermediate", kind, intermediate_dim);
+  check_tensor(mlp_intermediate, "mlp_intermediate", kind, num_tokens * intermediate_dim);
   check_last_dim(mlp_intermediate, "mlp_intermediate", intermediate_dim);
 
   MlpDownProblem problem = {};
@@ -89,14 +92,14 @@ MlpDownProblem check_product(const Tensor& mlp_intermediate, const Tensor& weigh
 
 // Everything but `out`.
 MlpDownProblem check_inputs(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate,
-                            const Tensor& weight, const OptionalTensor& bias, const Kind& kind) {
-  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind);
+                            const Tensor& weight, const OptionalTensor& bias, const Kind& kind, int64_t num_tokens) {
+  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind, num_tokens);
   const int64_t hidden_dim = problem.hidden_dim;
-  check_tensor(hidden_states, "hidden_states", kind, hidden_dim);
+  check_tensor(hidden_states, "hidden_states", kind, num_tokens * hidden_dim);
   check_last_dim(hidden_states, "hidden_states", hidden_dim);
   problem.hidden_states = hidden_states.data_ptr();
   if (attn_output) {
-    check_tensor(*attn_output, "attn_output", kind, hidden_dim);
+    check_tensor(*attn_output, "attn_output", kind, num_tokens * hidden_dim);
     check_same_shape(*attn_output, "attn_output", hidden_states);
     problem.attn_output = attn_output->data_ptr();
   }
@@ -167,29 +170,31 @@ void launch(const MlpDownProblem& problem, const MlpDownPlan& plan, int32_t devi
 Tensor mlp_down_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
                      const OptionalTensor& bias, int64_t plan) {
   const Kind kind = check_weight(weight);
-  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind);
+  const int64_t num_tokens = count_tokens(mlp_intermediate);
+  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind, num_tokens);
   const Tensor out = empty_like(hidden_states, kind);
   problem.out = out.data_ptr();
-  launch(problem, unpack_plan(plan), kind.device_index);
+  if (num_tokens > 0) launch(problem, unpack_plan(plan), kind.device_index);
   return out;
 }
 
 void mlp_down_out_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
                        const OptionalTensor& bias, int64_t plan, const Tensor& out) {
   const Kind kind = check_weight(weight);
-  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind);
-  check_tensor(out, "out", kind, problem.hidden_dim);
+  const int64_t num_tokens = count_tokens(mlp_intermediate);
+  MlpDownProblem problem = check_inputs(hidden_states, attn_output, mlp_intermediate, weight, bias, kind, num_tokens);
+  check_tensor(out, "out", kind, num_tokens * problem.hidden_dim);
   check_same_shape(out, "out", hidden_states);
   STD_TORCH_CHECK(!overlap(out, hidden_states) && !(attn_output && overlap(out, *attn_output)) && !overlap(out, mlp_intermediate) &&
                       !overlap(out, weight) && !(bias && overlap(out, *bias)),
                   "out must not overlap an input");
   problem.out = out.data_ptr();
-  launch(problem, unpack_plan(plan), kind.device_index);
+  if (num_tokens > 0) launch(problem, unpack_plan(plan), kind.device_index);
 }
 
 Tensor partial_sums_cuda(const Tensor& mlp_intermediate, const Tensor& weight, int64_t plan) {
   const Kind kind = check_weight(weight);
-  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind);
+  MlpDownProblem problem = check_product(mlp_intermediate, weight, kind, 1);
   const int64_t size[] = {problem.hidden_dim};
   const Tensor out = torch::stable::new_empty(mlp_intermediate, torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Float);
   problem.out = out.data_ptr();

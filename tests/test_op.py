@@ -12,6 +12,7 @@ import threading
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlpdown
 from mlpdown import native_backend, ops
@@ -106,6 +107,26 @@ def test_fake_results_are_like_real_ones(shape: tuple[int, ...]) -> None:
         )
         sums = torch.ops.mlpdown.partial_sums(mlp_intermediate, weight, PLAN)
         assert (sums.shape, sums.dtype, sums.device) == ((96,), torch.float32, hidden_states.device)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_eager_call_is_one_op_to_the_modes_of_torch(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    """What torch runs under a mode (fake tensors, tracing) without compiling goes past torch.compile's own way through Python."""
+    monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
+    native_backend._packed_plan.cache_clear()
+    try:
+        with FakeTensorMode():
+            shapes = ((num_tokens, 96), (num_tokens, 96), (num_tokens, 512), (96, 512), (96,))
+            tensors = [torch.empty(shape, dtype=torch.float16, device="cuda") for shape in shapes]
+            result = mlpdown.run(*tensors, backend="native")
+            out = torch.empty_like(result)
+            assert mlpdown.run(*tensors, backend="native", out=out) is out
+            traced = make_fx(functools.partial(mlpdown.run, backend="native"))(*tensors)
+    finally:
+        native_backend._packed_plan.cache_clear()
+    assert (result.shape, result.dtype, result.device.type) == ((num_tokens, 96), torch.float16, "cuda")
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.mlpdown.mlp_down.default]
 
 
 def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:
