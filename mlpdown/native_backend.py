@@ -32,6 +32,9 @@ PLAN_MEMBERS = (
 _mlp_down: Any = None
 _mlp_down_out: Any = None
 _partial_sums: Any = None
+# What these call: the same without the overload's own Python, which torch.compile must see and an eager call need not wait for.
+_eager_mlp_down: Any = None
+_eager_mlp_down_out: Any = None
 
 
 def is_loaded() -> bool:
@@ -46,16 +49,20 @@ def load() -> None:
     Raises:
         mlpdown.build.BuildError: there is no library for this source and none can be built; the message says why and what to do.
     """
-    global _mlp_down, _mlp_down_out, _partial_sums
+    global _mlp_down, _mlp_down_out, _partial_sums, _eager_mlp_down, _eager_mlp_down_out
     from .build import library
 
     library.load()
     torch.library.register_fake("mlpdown::mlp_down")(_fake)
     torch.library.register_fake("mlpdown::mlp_down.out")(_fake_out)
     torch.library.register_fake("mlpdown::partial_sums")(_fake_partial_sums)
-    _mlp_down = torch.ops.mlpdown.mlp_down.default
     _mlp_down_out = torch.ops.mlpdown.mlp_down.out
     _partial_sums = torch.ops.mlpdown.partial_sums.default
+    overload = torch.ops.mlpdown.mlp_down.default
+    # The attribute is torch's own affair: without it, the overload does.
+    _eager_mlp_down = getattr(overload, "_op", overload)
+    _eager_mlp_down_out = getattr(_mlp_down_out, "_op", _mlp_down_out)
+    _mlp_down = overload  # last: is_loaded() asks for it
 
 
 def _fake(hidden_states, attn_output, mlp_intermediate, weight, bias, plan):
@@ -143,6 +150,24 @@ def run(
     if out is None:
         return _mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias, packed)
     _mlp_down_out(hidden_states, attn_output, mlp_intermediate, weight, bias, packed, out=out)
+    return out
+
+
+def run_eagerly(
+    hidden_states: torch.Tensor,
+    attn_output: torch.Tensor | None,
+    mlp_intermediate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    plan: Plan | None,
+    weight_prefetch: bool,
+) -> torch.Tensor:
+    """:func:`run` once the library is loaded and outside of torch.compile, by way of nothing that an eager call can do without."""
+    packed = _packed_plan(weight.shape, weight.get_device(), plan, weight_prefetch)
+    if out is None:
+        return _eager_mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias, packed)
+    _eager_mlp_down_out(hidden_states, attn_output, mlp_intermediate, weight, bias, packed, out=out)
     return out
 
 

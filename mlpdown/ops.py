@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_compiling
 
 from . import native_backend, torch_backend, validate
 from .backends import BACKENDS, native_refusal_here, say_once
@@ -80,7 +81,7 @@ def run(
 
     tensors = (hidden_states, attn_output, mlp_intermediate, weight, bias)
     if backend == "native" or (backend == "auto" and _prefers_native(tensors)):
-        if torch.compiler.is_compiling() or not native_backend.is_loaded():
+        if is_compiling() or not native_backend.is_loaded():
             # Nothing is compiled for a call that cannot be.
             if backend == "native":
                 validate.check_no_grad(backend, *tensors, out)
@@ -88,11 +89,16 @@ def run(
             if refusal is None:
                 return native_backend.run(*tensors, out, plan, weight_prefetch)
         else:
-            # The op checks its arguments faster than Python can. Only when it refuses are they looked at here, for the words.
+            # The op checks its arguments faster than Python can. Only when it refuses are they looked at here, for the words. They are
+            # handed on one by one, since Python takes its time over `*tensors`.
             try:
-                if backend == "native":
-                    validate.check_no_grad(backend, *tensors, out)
-                return native_backend.run(*tensors, out, plan, weight_prefetch)
+                if backend == "native" and torch.is_grad_enabled():
+                    validate.check_none_requires_grad(
+                        backend, hidden_states, attn_output, mlp_intermediate, weight, bias, out
+                    )
+                return native_backend.run_eagerly(
+                    hidden_states, attn_output, mlp_intermediate, weight, bias, out, plan, weight_prefetch
+                )
             except Exception:
                 refusal = _refusal(tensors, out)
                 if refusal is None:
@@ -198,7 +204,7 @@ def _prefers_native(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     passed_over = None
     if not weight.is_cuda:
         passed_over = "native needs CUDA tensors"
-    elif mlp_intermediate.numel() != weight.size(1):
+    elif mlp_intermediate.numel() != weight.shape[1]:
         passed_over = "native takes one token a call"
     elif validate.needs_grad(*tensors):
         passed_over = "native has no derivative, and grad mode is on"

@@ -84,11 +84,18 @@ def check_product(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> None:
 
 def check_no_grad(backend: str, *tensors: torch.Tensor | None) -> None:
     """Raise ValueError if autograd would have to differentiate through a backend that has no derivative."""
-    if needs_grad(*tensors):
-        raise ValueError(
-            f"backend {backend!r} has no derivative, and an argument has requires_grad=True while grad mode is on: call under "
-            "torch.no_grad() or torch.inference_mode(), or take backend='torch'"
-        )
+    if torch.is_grad_enabled():
+        check_none_requires_grad(backend, *tensors)
+
+
+def check_none_requires_grad(backend: str, *tensors: torch.Tensor | None) -> None:
+    """What is left of :func:`check_no_grad` where grad mode is known to be on."""
+    for tensor in tensors:  # not any(), whose generator takes as long as the tensors' answers
+        if getattr(tensor, "requires_grad", False):
+            raise ValueError(
+                f"backend {backend!r} has no derivative, and an argument has requires_grad=True while grad mode is on: call under "
+                "torch.no_grad() or torch.inference_mode(), or take backend='torch'"
+            )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
