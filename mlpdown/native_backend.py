@@ -19,9 +19,9 @@ BITS_PER_PLAN_MEMBER = 6
 PLAN_MEMBERS = (
     "rows_in_registers",
     "cluster_size",
-    "rows_per_warp",
     "rows_per_stage",
     "num_stages",
+    "stages_in_flight",
     "num_consumer_warps",
     "weight_prefetch",
     "dependent_launch",

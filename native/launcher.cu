@@ -67,15 +67,22 @@ struct Launch {
   Launch& operator=(const Launch&) = delete;
 };
 
-template <class DType>
-Kernel find_ring_kernel(const MlpDownPlan& plan) {
-#define MLPDOWN_CASE(cluster_size_, rows_per_warp_)                                      \
-  if (plan.cluster_size == cluster_size_ && plan.rows_per_warp == rows_per_warp_) {      \
-    return reinterpret_cast<Kernel>(&mlp_down<DType, cluster_size_, rows_per_warp_>);    \
+// The ring kernel of a plan, and the shared memory that it needs.
+struct RingKernel {
+  Kernel kernel = nullptr;
+  unsigned int shared_memory_bytes = 0;
+};
+
+RingKernel find_ring_kernel(const MlpDownProblem& problem, const MlpDownPlan& plan) {
+#define MLPDOWN_CASE(cluster_size_, rows_)                                                                             \
+  if (plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_) {                                            \
+    return {problem.is_bfloat16 ? reinterpret_cast<Kernel>(&mlp_down<BFloat16, cluster_size_, rows_>)                  \
+                                : reinterpret_cast<Kernel>(&mlp_down<Float16, cluster_size_, rows_>),                  \
+            SharedLayout<cluster_size_, rows_>(problem.intermediate_dim).total_bytes(plan.num_stages)};                \
   }
   MLPDOWN_FOR_EACH_INSTANTIATION(MLPDOWN_CASE)
 #undef MLPDOWN_CASE
-  return nullptr;
+  return {};
 }
 
 template <class DType>
@@ -88,27 +95,27 @@ Kernel find_registers_kernel(const MlpDownPlan& plan) {
 }
 
 int shape_ring(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* shape, char* error, size_t error_size) {
-  if (plan.rows_per_stage == 0 || plan.rows_per_stage > kNumLanes || plan.num_stages == 0 || plan.num_stages > kMaxStages ||
+  if (plan.num_stages == 0 || plan.num_stages > kMaxStages || plan.stages_in_flight == 0 || plan.stages_in_flight > plan.num_stages ||
       plan.num_consumer_warps == 0 || plan.num_consumer_warps > kMaxConsumerWarps) {
-    return fail(error, error_size, "plan", "rows_per_stage must be in 1..32, num_stages in 1..16, num_consumer_warps in 1..16");
+    return fail(error, error_size, "plan", "num_stages must be in 1..16, stages_in_flight in 1..num_stages, num_consumer_warps in 1..16");
   }
-  shape->kernel = problem.is_bfloat16 ? find_ring_kernel<BFloat16>(plan) : find_ring_kernel<Float16>(plan);
-  if (shape->kernel == nullptr) return fail(error, error_size, "plan", "this cluster_size and rows_per_warp were not compiled in");
-  // A consumer warp that skipped a pass over the ring could mistake one phase of a barrier for the next but one.
-  const unsigned int items_per_tile = (plan.rows_per_stage + plan.rows_per_warp - 1) / plan.rows_per_warp * (kNumSegments / plan.cluster_size);
-  const unsigned int tiles_at_once = (plan.num_consumer_warps + items_per_tile - 1) / items_per_tile;
-  if (tiles_at_once > 1 &&
-      (plan.num_consumer_warps % items_per_tile != 0 || plan.num_stages % tiles_at_once != 0 || kNumPartialSlots % tiles_at_once != 0)) {
-    return fail(error, error_size, "plan", "num_consumer_warps beyond the items of a tile must be a multiple of them that divides num_stages");
+  const RingKernel ring = find_ring_kernel(problem, plan);
+  if (ring.kernel == nullptr) return fail(error, error_size, "plan", "this cluster_size and rows_per_stage were not compiled in");
+  // A warp for each segment, and each group of warps meets its own stages and slots only.
+  const unsigned int segments_per_cta = kNumSegments / plan.cluster_size;
+  const unsigned int num_groups = plan.num_consumer_warps / segments_per_cta;
+  if (plan.num_consumer_warps % segments_per_cta != 0 || plan.num_stages % num_groups != 0 || kNumPartialSlots % num_groups != 0) {
+    return fail(error, error_size, "plan", "num_consumer_warps must be 8 / cluster_size times a divisor of num_stages and 16");
   }
   // The layout counts in 32 bits; what no device has is refused before it could wrap around.
   const unsigned long row_bytes = 2ul * problem.intermediate_dim / plan.cluster_size;
   if (row_bytes * (1ul + static_cast<unsigned long>(plan.rows_per_stage) * plan.num_stages) > kMostSharedMemoryBytes) {
     return fail(error, error_size, "plan", "the plan needs more shared memory a block than any device has");
   }
+  shape->kernel = ring.kernel;
   shape->cluster_size = plan.cluster_size;
   shape->threads_per_cta = (kFirstConsumerWarp + plan.num_consumer_warps) * kNumLanes;
-  shape->shared_memory_bytes = SharedLayout(problem.intermediate_dim, plan.cluster_size, plan.rows_per_stage, plan.num_stages).total_bytes;
+  shape->shared_memory_bytes = ring.shared_memory_bytes;
   shape->is_persistent = true;
   return 0;
 }
@@ -184,7 +191,9 @@ int mlpdown_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, void*
   unsigned int max_active_clusters = 0;
   if (configure(*problem, *plan, &shape, &max_active_clusters, error, error_size) != 0) return 1;
   const Launch launch(shape, shape.num_clusters, plan->dependent_launch != 0, stream);
-  void* arguments[] = {const_cast<MlpDownProblem*>(problem), const_cast<MlpDownPlan*>(plan)};
+  MlpDownShares shares = {problem->hidden_dim / shape.num_clusters, problem->hidden_dim % shape.num_clusters};
+  // The registers kernel has no third parameter, and takes none.
+  void* arguments[] = {const_cast<MlpDownProblem*>(problem), const_cast<MlpDownPlan*>(plan), &shares};
   MLPDOWN_CHECK(cudaLaunchKernelExC(&launch.config, shape.kernel, arguments));
   return 0;
 }
@@ -206,5 +215,11 @@ int mlpdown_resources(const MlpDownProblem* problem, const MlpDownPlan* plan, Ml
 
 unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
                                          unsigned int num_stages) {
-  return SharedLayout(intermediate_dim, cluster_size, rows_per_stage, num_stages).total_bytes;
+  MlpDownProblem problem = {};
+  problem.intermediate_dim = intermediate_dim;
+  MlpDownPlan plan = {};
+  plan.cluster_size = cluster_size;
+  plan.rows_per_stage = rows_per_stage;
+  plan.num_stages = num_stages;
+  return find_ring_kernel(problem, plan).shared_memory_bytes;
 }

@@ -4,20 +4,22 @@
 //     weight rows  --bulk copies-->  ring of stages --consumer warps--> segment sums --st.async--> partials --epilogue warp--> out
 //                                                                     (a cluster of one: st.shared)
 //
-// A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of rows_per_stage. Each CTA holds a slice of the
-// reduction axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which
-// all ranks send their segment sums. (With fewer rows in a stage than CTAs in the cluster, the last ranks own nothing.)
+// A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of kRows. Each CTA holds a slice of the reduction
+// axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which all ranks
+// send their segment sums. (With fewer rows in a tile than CTAs in the cluster, the last ranks own nothing.)
 //
-//   warp 0        producer   fills the ring: weight slices, one stage a tile; and the activation slice, once
+//   warp 0        producer   fills the ring: weight slices, one stage a tile, stages_in_flight of them under way at a time
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
-//   warps 2 ...   consumers  each takes an item at a time: one segment of kRowsPerWarp rows of a tile
+//   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ... The first
+//                            warp brings in the activation slice, once
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
-//   empty_barriers[stage]     a consumer warp for every item      -> producer: the stage may be overwritten
-//   activation_barrier        producer, 1 + the slice's bytes     -> consumers
+//                                                                -> producer: one stage fewer is in flight
+//   empty_barriers[stage]     a consumer warp for every segment   -> producer: the stage may be overwritten
+//   activation_barrier        first consumer, 1 + slice's bytes   -> consumers
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
-//                             (a cluster of one: a consumer warp for every item)
+//                             (a cluster of one: a consumer warp for every segment)
 //   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
 //
 // The specification, reference/kernel.py, has the sections that compute under the same names and in the same order: sizes, shared memory,
@@ -41,9 +43,11 @@ struct RingPosition {
   uint32_t idx = 0;
   uint32_t phase = 0;
 
-  MLPDOWN_DEVICE void advance(uint32_t size) {
-    if (++idx == size) {
-      idx = 0;
+  // By a divisor of size, so that all positions are met that lie so many apart.
+  MLPDOWN_DEVICE void advance(uint32_t distance, uint32_t size) {
+    idx += distance;
+    if (idx >= size) {
+      idx -= size;
       phase ^= 1;
     }
   }
@@ -82,13 +86,39 @@ MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity
   }
 }
 
-template <class DType, uint32_t kClusterSize, uint32_t kRowsPerWarp>
-MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan) {
+// The barriers of this thread's CTA are initialised. Whole warps at a time; each warp once, by one of the two.
+template <uint32_t kClusterSize>
+MLPDOWN_DEVICE void barriers_arrive(uint32_t num_threads) {
+  if constexpr (kClusterSize == 1) {
+    ptx::bar_arrive(num_threads);
+  } else {
+    ptx::barrier_cluster_arrive_relaxed();
+  }
+}
+
+// The same, and waits until those of all CTAs of the cluster are.
+template <uint32_t kClusterSize>
+MLPDOWN_DEVICE void barriers_arrive_and_wait(uint32_t num_threads) {
+  if constexpr (kClusterSize == 1) {
+    ptx::bar_sync(num_threads);
+  } else {
+    ptx::barrier_cluster_arrive_relaxed();
+    ptx::barrier_cluster_wait();
+  }
+}
+
+template <class DType, uint32_t kClusterSize, uint32_t kRows>
+MLPDOWN_KERNEL(kMaxThreads, 1)
+mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan, MLPDOWN_PARAMETER MlpDownShares shares) {
   // ---- Sizes ----
+  // Until the first copies are under way, memory idles: what can be known at compile time or worked out by the launcher is.
   constexpr uint32_t kSegmentsPerCta = kNumSegments / kClusterSize;
-  constexpr uint32_t kVectorsInFlight = kRowsPerWarp == 4 ? 3 : 5;  // of each row: as many as the registers hold
+  constexpr uint32_t kVectorsInFlight = kRows == 4 ? 3 : 5;  // of each row: as many as the registers hold
+  constexpr uint32_t kNumOwners = kRows < kClusterSize ? kRows : kClusterSize;
+  constexpr uint32_t kOwnedRows = kRows / kNumOwners;  // of a tile, by an owner
   const uint32_t warp_idx = ptx::thread_idx() / kNumLanes;
   const uint32_t lane = ptx::thread_idx() % kNumLanes;
+  const uint32_t num_threads = (kFirstConsumerWarp + plan.num_consumer_warps) * kNumLanes;
   const uint32_t cta_rank_in_cluster = ptx::cta_rank_in_cluster();
 
   const Segments segments(problem.intermediate_dim);
@@ -97,32 +127,28 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
   const uint32_t slice_num_vectors = segments.first_vector(first_segment + kSegmentsPerCta) - slice_first_vector;
   const uint32_t slice_bytes = slice_num_vectors * kVectorBytes;
 
-  // Balanced rows: the clusters' shares differ by one row at most.
   const uint32_t cluster_idx = ptx::cluster_idx();
-  const uint32_t min_rows = problem.hidden_dim / ptx::num_clusters();
-  const uint32_t num_longer = problem.hidden_dim % ptx::num_clusters();
-  const uint32_t first_row = cluster_idx * min_rows + (cluster_idx < num_longer ? cluster_idx : num_longer);
-  const uint32_t end_row = first_row + min_rows + (cluster_idx < num_longer ? 1 : 0);
-  const uint32_t items_per_tile = (plan.rows_per_stage + kRowsPerWarp - 1) / kRowsPerWarp * kSegmentsPerCta;
-  const uint32_t num_owners = plan.rows_per_stage < kClusterSize ? plan.rows_per_stage : kClusterSize;
-  const uint32_t num_tiles = (end_row - first_row + plan.rows_per_stage - 1) / plan.rows_per_stage;
+  const uint32_t first_row = cluster_idx * shares.min_rows + (cluster_idx < shares.num_longer ? cluster_idx : shares.num_longer);
+  const uint32_t num_rows = shares.min_rows + (cluster_idx < shares.num_longer ? 1 : 0);
+  const uint32_t num_tiles = (num_rows + kRows - 1) / kRows;
   const auto rows_in_tile = [&](uint32_t tile) {
-    const uint32_t rows_left = end_row - first_row - tile * plan.rows_per_stage;
-    return rows_left < plan.rows_per_stage ? rows_left : plan.rows_per_stage;
+    const uint32_t rows_left = num_rows - tile * kRows;
+    return rows_left < kRows ? rows_left : kRows;
   };
 
   // ---- Shared memory ----
-  const SharedLayout layout(problem.intermediate_dim, kClusterSize, plan.rows_per_stage, plan.num_stages);
+  using Layout = SharedLayout<kClusterSize, kRows>;
+  const Layout layout(problem.intermediate_dim);
   const ptx::SharedAddress smem = ptx::dynamic_shared_memory();
-  const auto full_barriers = [&](uint32_t stage_idx) { return smem + layout.full_barriers + stage_idx * kBarrierBytes; };
-  const auto empty_barriers = [&](uint32_t stage_idx) { return smem + layout.empty_barriers + stage_idx * kBarrierBytes; };
-  const auto partials_full = [&](uint32_t slot_idx) { return smem + layout.partials_full + slot_idx * kBarrierBytes; };
-  const auto partials_empty = [&](uint32_t slot_idx) { return smem + layout.partials_empty + slot_idx * kBarrierBytes; };
-  const ptx::SharedAddress activation_barrier = smem + layout.activation_barrier;
+  const auto full_barriers = [&](uint32_t stage_idx) { return smem + Layout::kFullBarriers + stage_idx * kBarrierBytes; };
+  const auto empty_barriers = [&](uint32_t stage_idx) { return smem + Layout::kEmptyBarriers + stage_idx * kBarrierBytes; };
+  const auto partials_full = [&](uint32_t slot_idx) { return smem + Layout::kPartialsFull + slot_idx * kBarrierBytes; };
+  const auto partials_empty = [&](uint32_t slot_idx) { return smem + Layout::kPartialsEmpty + slot_idx * kBarrierBytes; };
+  const ptx::SharedAddress activation_barrier = smem + Layout::kActivationBarrier;
   const auto partials = [&](uint32_t slot_idx, uint32_t owned_row, uint32_t segment) {
-    return smem + layout.partials + ((slot_idx * layout.owned_rows_per_slot + owned_row) * kNumSegments + segment) * uint32_t{sizeof(float)};
+    return smem + Layout::kPartials + ((slot_idx * kOwnedRows + owned_row) * kNumSegments + segment) * uint32_t{sizeof(float)};
   };
-  const ptx::SharedAddress smem_activation = smem + layout.activation;
+  const ptx::SharedAddress smem_activation = smem + Layout::kActivation;
   const auto smem_weight = [&](uint32_t stage_idx, uint32_t row) {
     return smem + layout.ring + stage_idx * layout.stage_bytes + row * slice_bytes;
   };
@@ -133,49 +159,63 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
 #pragma unroll 1  // the launch waits for these instructions to be fetched: fewer are faster
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
       ptx::mbarrier_init(full_barriers(stage_idx), 1);
-      ptx::mbarrier_init(empty_barriers(stage_idx), items_per_tile);
+      ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
     }
-    ptx::mbarrier_init(activation_barrier, 1);
     ptx::fence_mbarrier_init();
   }
   if (warp_idx == kEpilogueWarp && lane == 0) {
 #pragma unroll 1
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
-      ptx::mbarrier_init(partials_full(slot_idx), kClusterSize == 1 ? items_per_tile : 1);
-      ptx::mbarrier_init(partials_empty(slot_idx), num_owners);
+      ptx::mbarrier_init(partials_full(slot_idx), kClusterSize == 1 ? kSegmentsPerCta : 1);
+      ptx::mbarrier_init(partials_empty(slot_idx), kNumOwners);
     }
     ptx::fence_mbarrier_init();
   }
+  if (warp_idx == kFirstConsumerWarp && lane == 0) {
+    ptx::mbarrier_init(activation_barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
   ptx::syncwarp();
-  // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster.
-  ptx::barrier_cluster_arrive_relaxed();
 
   // ---- Producer ----
   if (warp_idx == kProducerWarp) {
-    const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight);
+    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. This warp
+    // does neither, and goes on.
+    barriers_arrive<kClusterSize>(num_threads);
+    // Only a weight that nobody is writing may be read before the wait for earlier kernels.
+    if (!plan.weight_prefetch) ptx::griddepcontrol_wait();
+    const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight) +
+                                   static_cast<uint64_t>(first_row) * problem.intermediate_dim + slice_first_vector * kVectorSize;
     RingPosition stage;
-    const auto load_tile = [&](uint32_t tile) {
-      const uint32_t num_rows = rows_in_tile(tile);
-      const uint64_t tile_first_row = first_row + tile * plan.rows_per_stage;
-      // Expects num_rows * slice_bytes. Copies of other lanes may land before this arrival: the phase waits for the arrival.
-      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), num_rows * slice_bytes);
+    RingPosition landing;  // the stage whose copies are the oldest under way
+    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+      // All that an SM has asked for waits in one queue, the activation too: more than keeps memory busy only makes it longer.
+      if (tile >= plan.stages_in_flight) {
+        ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);
+        landing.advance(1, plan.num_stages);
+      }
+      if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+      ptx::syncwarp();  // all lanes have seen these phases: a late one could otherwise find them two phases on, and wait for ever
+      const uint32_t tile_rows = rows_in_tile(tile);
+      const uint16_t* const tile_weight = weight + static_cast<uint64_t>(tile * kRows) * problem.intermediate_dim;
+      // Expects tile_rows * slice_bytes. Copies of other lanes may land before this arrival: the phase waits for the arrival.
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), tile_rows * slice_bytes);
       if constexpr (kClusterSize == 1) {
         // Whole rows follow each other in memory: one copy.
         if (lane == 0) {
-          ptx::cp_async_bulk(smem_weight(stage.idx, 0), weight + tile_first_row * problem.intermediate_dim, num_rows * slice_bytes,
-                             full_barriers(stage.idx));
+          ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, 0), tile_weight, tile_rows * slice_bytes, full_barriers(stage.idx));
         }
-      } else if (lane < num_rows && slice_bytes > 0) {
-        const uint16_t* const source = weight + (tile_first_row + lane) * problem.intermediate_dim + slice_first_vector * kVectorSize;
-        ptx::cp_async_bulk(smem_weight(stage.idx, lane), source, slice_bytes, full_barriers(stage.idx));
+      } else if (lane < tile_rows && slice_bytes > 0) {
+        ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, lane), tile_weight + lane * problem.intermediate_dim, slice_bytes,
+                                       full_barriers(stage.idx));
       }
-      stage.advance(plan.num_stages);
-    };
+      stage.advance(1, plan.num_stages);
+    }
+    if constexpr (kClusterSize > 1) ptx::barrier_cluster_wait();
+    return;
+  }
 
-    // The first tiles find the ring empty. Only a weight that nobody is writing may be read before the wait for earlier kernels.
-    const uint32_t num_first_tiles = num_tiles < plan.num_stages ? num_tiles : plan.num_stages;
-    const uint32_t num_prefetched_tiles = plan.weight_prefetch ? num_first_tiles : 0;
-    for (uint32_t tile = 0; tile < num_prefetched_tiles; ++tile) load_tile(tile);
+  if (warp_idx == kFirstConsumerWarp) {
     ptx::griddepcontrol_wait();
     // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
     // more than two grids are ever under way.
@@ -185,122 +225,98 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
       const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
       if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
     }
-    for (uint32_t tile = num_prefetched_tiles; tile < num_first_tiles; ++tile) load_tile(tile);
-
-    // Before the first wait for a consumer: in a cluster of one, consumers start only when the producer has come here.
     ptx::syncwarp();
-    ptx::barrier_cluster_wait();
-    for (uint32_t tile = num_first_tiles; tile < num_tiles; ++tile) {
-      ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
-      ptx::syncwarp();  // all lanes have seen this phase: a late one could otherwise find it two phases on, and wait for ever
-      load_tile(tile);
-    }
-    return;
   }
-
-  ptx::barrier_cluster_wait();
+  barriers_arrive_and_wait<kClusterSize>(num_threads);
 
   // ---- Consumers ----
   if (warp_idx >= kFirstConsumerWarp) {
+    const uint32_t segment = first_segment + (warp_idx - kFirstConsumerWarp) % kSegmentsPerCta;
+    const uint32_t group = (warp_idx - kFirstConsumerWarp) / kSegmentsPerCta;
+    const uint32_t num_groups = plan.num_consumer_warps / kSegmentsPerCta;
+    const uint32_t first_vector = segments.first_vector(segment) - slice_first_vector;
+    const uint32_t end_vector = segments.first_vector(segment + 1) - slice_first_vector;
     ptx::mbarrier_wait(activation_barrier, 0);
-    // The items of all tiles, one after the other, are dealt to the warps: those that have finished a tile go on to the next.
-    uint32_t item = warp_idx - kFirstConsumerWarp;
-    RingPosition stage;
-    RingPosition slot;
-    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-      const uint32_t num_rows = rows_in_tile(tile);
-      for (; item < items_per_tile; item += plan.num_consumer_warps) {
-        const uint32_t segment = item % kSegmentsPerCta;
-        const uint32_t item_first_row = item / kSegmentsPerCta * kRowsPerWarp;
-        ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
-        const uint32_t first_vector = segments.first_vector(first_segment + segment) - slice_first_vector;
-        const uint32_t end_vector = segments.first_vector(first_segment + segment + 1) - slice_first_vector;
-        ptx::SharedAddress weight_rows[kRowsPerWarp];
-        float accumulators[kRowsPerWarp][kVectorSize];
+    RingPosition stage{group};
+    RingPosition slot{group};
+    for (uint32_t tile = group; tile < num_tiles; tile += num_groups) {
+      const uint32_t tile_rows = rows_in_tile(tile);
+      ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);
+      ptx::SharedAddress weight_rows[kRows];
+      float accumulators[kRows][kVectorSize];
 #pragma unroll
-        for (uint32_t row = 0; row < kRowsPerWarp; ++row) {
-          // Rows that the last tile lacks: the last row it has is summed again, and not handed on.
-          const uint32_t tile_row = item_first_row + row < num_rows ? item_first_row + row : num_rows - 1;
-          weight_rows[row] = smem_weight(stage.idx, tile_row);
+      for (uint32_t row = 0; row < kRows; ++row) {
+        // Rows that the last tile lacks: its last row is summed again, and not handed on.
+        weight_rows[row] = smem_weight(stage.idx, row < tile_rows ? row : tile_rows - 1);
 #pragma unroll
-          for (uint32_t j = 0; j < kVectorSize; ++j) accumulators[row][j] = 0.0f;
-        }
-        uint32_t vector = first_vector + lane;
-        for (; vector + (kVectorsInFlight - 1) * kNumLanes < end_vector; vector += kVectorsInFlight * kNumLanes) {
-          accumulate_batch<DType, kRowsPerWarp, kVectorsInFlight>(smem_activation, weight_rows, vector, accumulators);
-        }
-        for (; vector < end_vector; vector += kNumLanes) {
-          accumulate_batch<DType, kRowsPerWarp, 1>(smem_activation, weight_rows, vector, accumulators);
-        }
+        for (uint32_t j = 0; j < kVectorSize; ++j) accumulators[row][j] = 0.0f;
+      }
+      uint32_t vector = first_vector + lane;
+      for (; vector + (kVectorsInFlight - 1) * kNumLanes < end_vector; vector += kVectorsInFlight * kNumLanes) {
+        accumulate_batch<DType, kRows, kVectorsInFlight>(smem_activation, weight_rows, vector, accumulators);
+      }
+      for (; vector < end_vector; vector += kNumLanes) {
+        accumulate_batch<DType, kRows, 1>(smem_activation, weight_rows, vector, accumulators);
+      }
 
-        // All that this item wants of the stage is in registers.
-        ptx::syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
+      // All that this warp wants of the stage is in registers.
+      ptx::syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));
 
-        float sums[kRowsPerWarp];
+      float sums[kRows];
 #pragma unroll
-        for (uint32_t row = 0; row < kRowsPerWarp; ++row) sums[row] = sum_lane(accumulators[row]);
-        const float segment_sum = fold_lanes<kRowsPerWarp>(sums, lane);
+      for (uint32_t row = 0; row < kRows; ++row) sums[row] = sum_lane(accumulators[row]);
+      const float segment_sum = fold_lanes<kRows>(sums, lane);
 
-        // Segment sums meet at the owner of the row.
-        const uint32_t tile_row = item_first_row + lane / (kNumLanes / kRowsPerWarp);
-        const bool hands_on = lane % (kNumLanes / kRowsPerWarp) == 0 && tile_row < num_rows;
-        // Every lane that stores or arrives, rows or no rows, and no other: the slot's next phase waits for these, others could miss it.
-        if (hands_on || (kClusterSize == 1 && lane == 0)) {
-          if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
-        }
-        if (hands_on) {
-          const uint32_t owner = tile_row % kClusterSize;
-          const ptx::SharedAddress partial = partials(slot.idx, tile_row / kClusterSize, first_segment + segment);
-          if constexpr (kClusterSize == 1) {
-            ptx::st_shared(partial, segment_sum);
-          } else {
-            ptx::st_async(ptx::mapa(partial, owner), segment_sum, ptx::mapa(partials_full(slot.idx), owner));  // 4 bytes
-          }
-        }
+      // Segment sums meet at the owner of the row.
+      const uint32_t row = lane / (kNumLanes / kRows);
+      const bool hands_on = lane % (kNumLanes / kRows) == 0 && row < tile_rows;
+      // Every lane that stores or arrives, rows or no rows, and no other: the slot's next phase waits for these, others could miss it.
+      if (hands_on || (kClusterSize == 1 && lane == 0)) {
+        if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
+      }
+      if (hands_on) {
+        const uint32_t owner = row % kClusterSize;
+        const ptx::SharedAddress partial = partials(slot.idx, row / kClusterSize, segment);
         if constexpr (kClusterSize == 1) {
-          ptx::syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(partials_full(slot.idx));
+          ptx::st_shared(partial, segment_sum);
+        } else {
+          ptx::st_async(ptx::mapa(partial, owner), segment_sum, ptx::mapa(partials_full(slot.idx), owner));  // 4 bytes
         }
       }
-      item -= items_per_tile;
-      stage.advance(plan.num_stages);
-      slot.advance(kNumPartialSlots);
+      if constexpr (kClusterSize == 1) {
+        ptx::syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(partials_full(slot.idx));
+      }
+      stage.advance(num_groups, plan.num_stages);
+      slot.advance(num_groups, kNumPartialSlots);
     }
     return;
   }
 
   // ---- Epilogue: segments in order, bias, residuals, one rounding ----
-  if (cta_rank_in_cluster >= num_owners) return;
+  if (cta_rank_in_cluster >= kNumOwners) return;
   // Reads what earlier kernels wrote, and writes what they may still be reading.
   ptx::griddepcontrol_wait();
 
   // Of each tile this CTA owns the rows rank, rank + kClusterSize, ...; lanes take owned rows of as many tiles as they reach, a window,
   // so that a window's bias and residuals arrive together, ahead of its sums.
-  // Each tile has a power of two of lanes: shifts, where divisions would cost more than the sums.
-  const uint32_t owned_rows_per_tile = (plan.rows_per_stage + kClusterSize - 1 - cta_rank_in_cluster) / kClusterSize;
-  uint32_t lanes_shift = 0;
-  while ((1u << lanes_shift) < owned_rows_per_tile) ++lanes_shift;
-  const uint32_t tiles_per_window = kNumLanes >> lanes_shift;
-  const uint32_t window_tile = lane >> lanes_shift;
-  const uint32_t owned_row = lane & ((1u << lanes_shift) - 1);
+  constexpr uint32_t kTilesPerWindow = kNumLanes / kOwnedRows;
+  const uint32_t window_tile = lane / kOwnedRows;
+  const uint32_t owned_row = lane % kOwnedRows;
   const auto load = [](const void* tensor, uint32_t idx) { return ptx::ld_global(static_cast<const uint16_t*>(tensor) + idx); };
   RingPosition slot;
-  uint32_t window_first_tile = 0;
-  uint32_t window_end_tile = 0;
   uint32_t row = 0;
   uint16_t bias = 0;
   uint16_t attn_output = 0;
   uint16_t hidden_states = 0;
   for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-    if (tile == window_end_tile) {
-      window_first_tile = tile;
-      window_end_tile = tile + tiles_per_window;
-      row = first_row + (tile + window_tile) * plan.rows_per_stage + owned_row * kClusterSize + cta_rank_in_cluster;
-      if (owned_row < owned_rows_per_tile && row < end_row && !problem.is_partial_sums) {
-        if (problem.bias) bias = load(problem.bias, row);
-        if (problem.attn_output) attn_output = load(problem.attn_output, row);
-        hidden_states = load(problem.hidden_states, row);
+    if (tile % kTilesPerWindow == 0) {
+      row = (tile + window_tile) * kRows + owned_row * kClusterSize + cta_rank_in_cluster;
+      if (row < num_rows && !problem.is_partial_sums) {
+        if (problem.bias) bias = load(problem.bias, first_row + row);
+        if (problem.attn_output) attn_output = load(problem.attn_output, first_row + row);
+        hidden_states = load(problem.hidden_states, first_row + row);
       }
     }
 
@@ -309,7 +325,7 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
       ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments * uint32_t{sizeof(float)});
     }
     wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);
-    const bool owns_row = tile == window_first_tile + window_tile && owned_row < num_owned_rows;
+    const bool owns_row = window_tile == tile % kTilesPerWindow && row < num_rows;
     SegmentSums sums = {};
     if (owns_row) sums = load_segment_sums(partials(slot.idx, owned_row, 0));
     // The slot is free for the tile kNumPartialSlots later, at every rank. Without such a tile nobody waits, and the rank may be gone.
@@ -322,7 +338,7 @@ MLPDOWN_KERNEL(kMaxThreads, 1) mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem
       }
     }
 
-    if (owns_row) write_row<DType>(problem, row, sums, bias, attn_output, hidden_states);
-    slot.advance(kNumPartialSlots);
+    if (owns_row) write_row<DType>(problem, first_row + row, sums, bias, attn_output, hidden_states);
+    slot.advance(1, kNumPartialSlots);
   }
 }

@@ -23,12 +23,18 @@ struct MlpDownProblem {
 struct MlpDownPlan {
   unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the next five mean nothing
   unsigned int cluster_size;
-  unsigned int rows_per_warp;
   unsigned int rows_per_stage;
   unsigned int num_stages;
+  unsigned int stages_in_flight;
   unsigned int num_consumer_warps;
   int weight_prefetch;
   int dependent_launch;
+};
+
+// How the launcher shares out the rows: each cluster takes min_rows, and the first num_longer of them one more.
+struct MlpDownShares {
+  unsigned int min_rows;
+  unsigned int num_longer;
 };
 
 #ifdef __cplusplus

@@ -179,6 +179,16 @@ MLPDOWN_DEVICE void cp_async_bulk(SharedAddress destination, const void* source,
                : "memory");
 }
 
+// The same, for bytes that nobody will read again: the first to be evicted from L2, so that they do not push out what is read again.
+MLPDOWN_DEVICE void cp_async_bulk_evict_first(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier) {
+  asm volatile(
+      "{\n .reg .b64 policy;\n"
+      " createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(destination),
+      "l"(source), "r"(num_bytes), "r"(barrier)
+      : "memory");
+}
+
 // The address that a shared address of this CTA has in the CTA of the given rank.
 MLPDOWN_DEVICE ClusterAddress mapa(SharedAddress address, uint32_t cta_rank) {
   ClusterAddress mapped;
@@ -195,15 +205,17 @@ MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAdd
 
 // ---- CTA barrier --------------------------------------------------------------------------------------------------------------------
 
-// Every thread of the CTA waits for all others; what was written to shared memory before is visible after.
-MLPDOWN_DEVICE void bar_sync() { __syncthreads(); }
+// One barrier for num_threads threads of the CTA (all of them here), whole warps at a time: each arrives once, by one of the two.
+// bar_sync waits for all; what any wrote to shared memory before is visible after.
+MLPDOWN_DEVICE void bar_arrive(uint32_t num_threads) { asm volatile("barrier.cta.arrive.aligned 0, %0;" ::"r"(num_threads) : "memory"); }
+MLPDOWN_DEVICE void bar_sync(uint32_t num_threads) { asm volatile("barrier.cta.sync.aligned 0, %0;" ::"r"(num_threads) : "memory"); }
 
 // ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
 
 // Every thread of the cluster arrives once and waits once, whole warps at a time. Relaxed: of what was done before the arrival, only the
 // mbarriers that fence_mbarrier_init published are sure to be seen after the wait (a release costs a fence to global memory here).
-// In a cluster of one CTA the compiler makes the wait a bar.sync of the CTA and the arrival nothing: no thread gets past its wait before
-// every thread has come to its own.
+// Not for a cluster of one CTA: there the compiler makes the wait a bar.sync of the CTA and the arrival nothing, so that no thread gets
+// past its wait before every thread has come to its own.
 MLPDOWN_DEVICE void barrier_cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 MLPDOWN_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
