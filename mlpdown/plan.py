@@ -25,8 +25,9 @@ MAX_CONSUMER_WARPS = 16
 SMALL_WEIGHT_BYTES = 16 * 2**20
 # Larger stages do not keep memory busier, and the last one takes longer to sum.
 MAX_STAGE_BYTES = 44 * 2**10
-# Two CTAs share an SM: while one starts, ends or sums, memory works for the other.
-CTAS_PER_SM = 2
+# How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
+# for the others. Three only of CTAs that need nothing of each other; clusters of them were slower.
+PLACEMENTS = ((3, (1,)), (2, CLUSTER_SIZES), (1, CLUSTER_SIZES))
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10
 
@@ -147,31 +148,37 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
     """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
 
-    A small weight is over before a ring is set up: registers. For the others the ring, in as much shared memory as lets two CTAs share an
-    SM, else in all of it: two stages or more of as many rows as keep a stage small, in the smallest cluster in which they fit. With
-    weight_prefetch, which fills the ring while earlier kernels end, a cluster of two where its ring holds more bytes.
+    A small weight is over before a ring is set up: registers. For the others the ring, with as many CTAs on an SM and in as small a
+    cluster as leaves each two stages or more; stages of as many rows as keep them small. With weight_prefetch, which fills the rings while
+    earlier kernels end, longer ones in clusters of two where these hold half of the weight.
     """
     row_bytes = intermediate_dim * BYTES_PER_ELEMENT
     if hidden_dim * row_bytes <= SMALL_WEIGHT_BYTES:
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
-    share = (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // CTAS_PER_SM - RESERVED_BYTES_PER_CTA
-    for limit in (share, device.shared_memory_per_block):
-        rings = [_ring(cluster_size, intermediate_dim, limit, weight_prefetch) for cluster_size in CLUSTER_SIZES]
-        fitting = [ring for ring in rings if ring is not None]
-        if fitting:
-            candidates = [ring for ring in fitting if ring.cluster_size <= 2] if weight_prefetch else []
-            return max(candidates, key=lambda ring: _ring_bytes(ring, intermediate_dim)) if candidates else fitting[0]
+    if weight_prefetch:
+        ring = _ring(2, intermediate_dim, _share(device, 2), weight_prefetch, MAX_STAGES)
+        if ring is not None and 2 * device.num_sms * 2 * _ring_bytes(ring, intermediate_dim) >= hidden_dim * row_bytes:
+            return ring
+    for ctas_per_sm, cluster_sizes in PLACEMENTS:
+        for cluster_size in cluster_sizes:
+            ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), weight_prefetch, 2)
+            if ring is not None:
+                return ring
     # Two stages of a single row do not fit: registers, which need no shared memory for weights.
     return Plan.in_registers(1, weight_prefetch=weight_prefetch)
 
 
-def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool) -> Plan | None:
-    """Two stages of as many rows as a stage may have, or with weight_prefetch as many stages as fit, within ``limit`` bytes; None if they
-    do not."""
+def _share(device: Device, ctas_per_sm: int) -> int:
+    """Bytes of shared memory for each of so many CTAs on an SM."""
+    return (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // ctas_per_sm - RESERVED_BYTES_PER_CTA
+
+
+def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool, max_stages: int) -> Plan | None:
+    """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
     for rows in reversed(ROWS_PER_STAGE):
         if rows > 1 and rows * _slice_bytes(cluster_size, intermediate_dim) > MAX_STAGE_BYTES:
             continue
-        for num_stages in range(MAX_STAGES if weight_prefetch else 2, 1, -1):
+        for num_stages in range(max_stages, 1, -1):
             plan = Plan(cluster_size, rows, num_stages, 1, NUM_SEGMENTS // cluster_size, weight_prefetch)
             if shared_memory_bytes(plan, intermediate_dim) <= limit:
                 return plan
