@@ -21,8 +21,8 @@ ROWS_IN_REGISTERS = (1, 2, 4)
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 
-# Registers win at 8 MB and lose at 33 MB; between these nothing was timed.
-SMALL_WEIGHT_BYTES = 16 * 2**20
+# Registers win at 18.9 MB (1536 x 6144), and lose at 23.1 MB (2048 x 5632).
+SMALL_WEIGHT_BYTES = 20 * 2**20
 # Larger stages do not keep memory busier, and the last one takes longer to sum.
 MAX_STAGE_BYTES = 44 * 2**10
 # How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
