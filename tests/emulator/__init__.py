@@ -42,8 +42,8 @@ The checks, each of which ``faults.py`` puts to the test
     overwrite                 of shared memory that somebody may still be reading, or that another write goes to
     absent CTA                access to a CTA that has left, or that is not known to have started
     early exit                a CTA leaves while something is on its way to it
-    cluster barrier           arrivals and waits of a thread do not alternate
-    CTA barrier               a thread leaves without coming to a barrier that others of its CTA come to
+    cluster barrier           arrivals and waits of a thread do not alternate; or one CTA is all there is
+    CTA barrier               a thread leaves without coming to a barrier that others of its CTA come to, comes twice, or counts wrong
     absent lane, divergence   a warp meets without some of its lanes, or its lanes in different places
     out of bounds, misaligned
     early read, early write   of global memory, before the thread has waited for earlier grids; the weight, unless it may be prefetched

@@ -27,7 +27,7 @@ MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp
 
 
 def build(native: Path, ring: list[tuple[int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:
-    """The library that emulates the kernels in the folder ``native``: of the ring, these pairs of cluster size and rows per warp; of
+    """The library that emulates the kernels in the folder ``native``: of the ring, these pairs of cluster size and rows per stage; of
     registers, these numbers of rows.
 
     ``optimise=False`` compiles the kernels in half the time, for few and small launches.

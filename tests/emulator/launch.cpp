@@ -13,24 +13,31 @@ namespace {
 struct Arguments {
   MlpDownProblem problem;
   MlpDownPlan plan;
+  MlpDownShares shares;
 };
 
 using Kernel = void (*)(const void* arguments);
 
 template <auto kKernel>
-void call(const void* arguments) {
+void call_ring(const void* arguments) {
+  const Arguments& a = *static_cast<const Arguments*>(arguments);
+  kKernel(a.problem, a.plan, a.shares);
+}
+
+template <auto kKernel>
+void call_registers(const void* arguments) {
   const Arguments& a = *static_cast<const Arguments*>(arguments);
   kKernel(a.problem, a.plan);
 }
 
 template <class DType>
 Kernel find_kernel(const MlpDownPlan& plan) {
-#define RING(cluster_size_, rows_per_warp_)                                                                           \
-  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_warp == rows_per_warp_) {    \
-    return &call<&mlp_down<DType, cluster_size_, rows_per_warp_>>;                                                    \
+#define RING(cluster_size_, rows_)                                                                               \
+  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_) {       \
+    return &call_ring<&mlp_down<DType, cluster_size_, rows_>>;                                                   \
   }
 #define REGISTERS(rows_) \
-  if (plan.rows_in_registers == rows_) return &call<&mlp_down_registers<DType, rows_>>;
+  if (plan.rows_in_registers == rows_) return &call_registers<&mlp_down_registers<DType, rows_>>;
   MLPDOWN_FOR_EACH_INSTANTIATION(RING)
   MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(REGISTERS)
 #undef RING
@@ -38,8 +45,22 @@ Kernel find_kernel(const MlpDownPlan& plan) {
   return nullptr;
 }
 
-SharedLayout layout_of(const Arguments& a) {
-  return SharedLayout(a.problem.intermediate_dim, a.plan.cluster_size, a.plan.rows_per_stage, a.plan.num_stages);
+// Where the arrays of the ring kernel stand, which is at compile time for each cluster size and number of rows.
+struct Layout {
+  uint32_t full_barriers, empty_barriers, partials_full, partials_empty, activation_barrier, partials, slot_bytes, activation, ring, stage_bytes, total_bytes;
+};
+
+Layout layout_of(const Arguments& a) {
+#define RING(cluster_size_, rows_)                                                                                                    \
+  if (a.plan.cluster_size == cluster_size_ && a.plan.rows_per_stage == rows_) {                                                       \
+    using L = SharedLayout<cluster_size_, rows_>;                                                                                     \
+    const L layout(a.problem.intermediate_dim);                                                                                       \
+    return {L::kFullBarriers, L::kEmptyBarriers, L::kPartialsFull, L::kPartialsEmpty, L::kActivationBarrier, L::kPartials,            \
+            L::kOwnedRows * kNumSegments * 4, L::kActivation, layout.ring, layout.stage_bytes, layout.total_bytes(a.plan.num_stages)}; \
+  }
+  MLPDOWN_FOR_EACH_INSTANTIATION(RING)
+#undef RING
+  return {};
 }
 
 std::string name_shared_memory(const void* arguments, uint32_t offset) {
@@ -49,14 +70,13 @@ std::string name_shared_memory(const void* arguments, uint32_t offset) {
     return array + ("[" + std::to_string((offset - first) / bytes) + "]") + (rest ? " + " + std::to_string(rest) + " bytes" : "");
   };
   if (a.plan.rows_in_registers > 0) return element("partials row", 0, kNumSegments * sizeof(float));
-  const SharedLayout layout = layout_of(a);
+  const Layout layout = layout_of(a);
   if (offset < layout.empty_barriers) return element("full_barriers", layout.full_barriers, kBarrierBytes);
   if (offset < layout.partials_full) return element("empty_barriers", layout.empty_barriers, kBarrierBytes);
   if (offset < layout.partials_empty) return element("partials_full", layout.partials_full, kBarrierBytes);
   if (offset < layout.activation_barrier) return element("partials_empty", layout.partials_empty, kBarrierBytes);
   if (offset < layout.partials) return "activation_barrier";
-  const uint32_t slot_bytes = layout.owned_rows_per_slot * kNumSegments * 4;
-  if (offset < layout.partials + kNumPartialSlots * slot_bytes) return element("partials slot", layout.partials, slot_bytes);
+  if (offset < layout.partials + kNumPartialSlots * layout.slot_bytes) return element("partials slot", layout.partials, layout.slot_bytes);
   if (offset < layout.ring) return "activation + " + std::to_string(offset - layout.activation) + " bytes";
   return element("stage", layout.ring, layout.stage_bytes);
 }
@@ -83,7 +103,7 @@ uint16_t emulator_cvt_rn_bf16_f32(float value) { return ptx::cvt_rn_bf16_f32(val
 
 // Nonzero if this build lacks the instantiation. num_clusters is the ring's: the other kernel has a CTA for every few rows.
 int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, EmulatorResult* result) {
-  const Arguments arguments{*problem, *plan};
+  const Arguments arguments{*problem, *plan, {problem->hidden_dim / num_clusters, problem->hidden_dim % num_clusters}};
   const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*plan) : find_kernel<Float16>(*plan);
   if (kernel == nullptr) return 1;
   const size_t vector_bytes = problem->hidden_dim * sizeof(uint16_t);
@@ -95,7 +115,7 @@ int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint
     launch.num_threads = kRegistersThreads;
     launch.shared_memory_bytes = num_rows * kNumSegments * sizeof(float);
   } else {
-    const SharedLayout layout = layout_of(arguments);
+    const Layout layout = layout_of(arguments);
     launch.num_clusters = num_clusters;
     launch.cluster_size = plan->cluster_size;
     launch.num_threads = (kFirstConsumerWarp + plan->num_consumer_warps) * kNumLanes;

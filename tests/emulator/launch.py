@@ -78,7 +78,7 @@ def _structure(name: str) -> type[ctypes.Structure]:
 
 
 class Kernel:
-    """The kernels in a folder of sources, built for a host: ``ring`` are pairs of cluster size and rows per warp, ``registers`` are
+    """The kernels in a folder of sources, built for a host: ``ring`` are pairs of cluster size and rows per stage, ``registers`` are
     rows in registers."""
 
     def __init__(

@@ -130,7 +130,8 @@ struct Thread {
   Warp* warp;
   Clock clock;
   bool has_waited_for_earlier_grids;
-  int64_t cluster_barrier_generation = -1;  // the one arrived at; -1: none
+  int64_t cta_barrier_generation = -1;      // the last one arrived at; -1: none
+  int64_t cluster_barrier_generation = -1;  // the one arrived at and not yet waited for; -1: none
   std::vector<Mbarrier*> initialised = {};  // barriers that this thread has yet to publish by a fence
   std::vector<Epoch> published = {};        // and those that it has
   Where where = {};
@@ -188,7 +189,6 @@ struct Cluster {
   std::vector<Thread*> runnable;
   std::vector<Event> events;
   GroupBarrier barrier;
-  bool is_arrival_part_of_wait = false;
   bool earlier_grids_have_ended = false;
   std::vector<Thread*> waiting_for_earlier_grids;
   uint64_t num_dispatched = 0;

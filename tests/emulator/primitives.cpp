@@ -269,16 +269,35 @@ void st_async(ClusterAddress destination, float value, ClusterAddress barrier_ad
 
 // ---- CTA barrier ----------------------------------------------------------------------------------------------------------------
 
-// Stricter than some machines, which forgive threads that have left.
-void bar_sync(Where where) {
-  Thread& thread = begin(where);
-  meet(thread, "bar_sync", where, [](Warp&, Thread*) {});
+namespace {
+
+// Stricter than some machines, which forgive threads that have left. Returns the generation arrived at.
+int64_t arrive_at_cta_barrier(Thread& thread, const char* operation, uint32_t num_threads, Where where) {
+  meet(thread, operation, where, [](Warp&, Thread*) {});
   GroupBarrier& barrier = thread.cta->barrier;
-  if (thread.cta->num_alive < barrier.num_threads) fail("CTA barrier", thread, where, "threads of this CTA have left without coming here");
+  if (num_threads != cluster.launch->num_threads) {
+    fail("CTA barrier", thread, where, "for " + std::to_string(num_threads) + " threads, in a CTA of " + std::to_string(cluster.launch->num_threads));
+  }
+  if (thread.cta->num_alive + barrier.num_left_since_arrival < barrier.num_threads) {
+    fail("CTA barrier", thread, where, "threads of this CTA have left without coming here");
+  }
   const int64_t generation = barrier.generation;
+  if (thread.cta_barrier_generation == generation) fail("CTA barrier", thread, where, "this thread comes twice before all others have come");
+  thread.cta_barrier_generation = generation;
   barrier.arrived.learn(thread.clock);
   thread.tick();
   count_arrival(barrier);
+  return generation;
+}
+
+}  // namespace
+
+void bar_arrive(uint32_t num_threads, Where where) { arrive_at_cta_barrier(begin(where), "bar_arrive", num_threads, where); }
+
+void bar_sync(uint32_t num_threads, Where where) {
+  Thread& thread = begin(where);
+  const int64_t generation = arrive_at_cta_barrier(thread, "bar_sync", num_threads, where);
+  GroupBarrier& barrier = thread.cta->barrier;
   while (generation == barrier.generation) {
     barrier.waiting.push_back(&thread);
     block("bar_sync");
@@ -292,12 +311,13 @@ void barrier_cluster_arrive_relaxed(Where where) {
   Thread& thread = begin(where);
   meet(thread, "barrier_cluster_arrive_relaxed", where, [](Warp&, Thread*) {});
   GroupBarrier& barrier = cluster.barrier;
+  if (cluster.ctas.size() == 1) fail("cluster barrier", thread, where, "in a cluster of one, where nvcc makes the arrival a part of the wait");
   if (thread.cluster_barrier_generation >= 0) fail("cluster barrier", thread, where, "this thread arrives twice without waiting in between");
   thread.cluster_barrier_generation = barrier.generation;
   // Releases nothing but what the fence has published, and the fact that this thread has started.
   for (const Epoch& init : thread.published) barrier.arrived.learn(init);
   barrier.arrived.learn(thread.start());
-  if (!cluster.is_arrival_part_of_wait) count_arrival(barrier);
+  count_arrival(barrier);
 }
 
 void barrier_cluster_wait(Where where) {
@@ -305,7 +325,6 @@ void barrier_cluster_wait(Where where) {
   meet(thread, "barrier_cluster_wait", where, [](Warp&, Thread*) {});
   GroupBarrier& barrier = cluster.barrier;
   if (thread.cluster_barrier_generation < 0) fail("cluster barrier", thread, where, "this thread waits without having arrived");
-  if (cluster.is_arrival_part_of_wait) count_arrival(barrier);
   while (thread.cluster_barrier_generation == barrier.generation) {
     barrier.waiting.push_back(&thread);
     block("wait for the cluster barrier");

@@ -70,10 +70,16 @@ void mbarrier_wait(SharedAddress barrier, uint32_t parity, Where where = Where::
 void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity, Where where = Where::current());
 
 void cp_async_bulk(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier, Where where = Where::current());
+// Eviction is no matter of what is computed.
+MLPDOWN_DEVICE void cp_async_bulk_evict_first(SharedAddress destination, const void* source, uint32_t num_bytes, SharedAddress barrier,
+                                              Where where = Where::current()) {
+  cp_async_bulk(destination, source, num_bytes, barrier, where);
+}
 ClusterAddress mapa(SharedAddress address, uint32_t cta_rank, Where where = Where::current());
 void st_async(ClusterAddress destination, float value, ClusterAddress barrier, Where where = Where::current());
 
-void bar_sync(Where where = Where::current());
+void bar_arrive(uint32_t num_threads, Where where = Where::current());
+void bar_sync(uint32_t num_threads, Where where = Where::current());
 void barrier_cluster_arrive_relaxed(Where where = Where::current());
 void barrier_cluster_wait(Where where = Where::current());
 

@@ -23,9 +23,14 @@ void run_current_thread() {
     if (thread.warp->arrived.any()) {
       fail("absent lane", thread, thread.warp->where, std::string("the lane has left, its warp waits for it in ") + thread.warp->operation);
     }
-    if (thread.cta->barrier.num_arrived > 0) fail("CTA barrier", thread, thread.where, "this thread leaves without coming to bar_sync, where others wait");
+    GroupBarrier& cta_barrier = thread.cta->barrier;
+    if (thread.cta_barrier_generation == cta_barrier.generation) {
+      ++cta_barrier.num_left_since_arrival;
+    } else if (cta_barrier.num_arrived > 0) {
+      fail("CTA barrier", thread, thread.where, "this thread leaves without coming to the barrier that others of its CTA come to");
+    }
     GroupBarrier& barrier = cluster.barrier;
-    const bool has_arrived = thread.cluster_barrier_generation == barrier.generation && !cluster.is_arrival_part_of_wait;
+    const bool has_arrived = thread.cluster_barrier_generation == barrier.generation;
     has_arrived ? ++barrier.num_left_since_arrival : --barrier.num_threads;
     complete_if_all_arrived(barrier);
     --cluster.num_alive;
@@ -66,8 +71,6 @@ void prepare(const Launch& launch, uint32_t cluster_idx) {
   }
   cluster.barrier.num_threads = num_threads;
   cluster.barrier.arrived = Clock(num_actors);
-  // In a cluster of one, compilers are free to do so, and nvcc is.
-  cluster.is_arrival_part_of_wait = launch.cluster_size == 1 && random_numbers.chance(2);
   cluster.earlier_grids_have_ended = !launch.is_dependent;
   if (launch.is_dependent) cluster.events.push_back({.kind = Event::Kind::kEarlierGridsEnd});
   fibers.prepare(num_threads);
