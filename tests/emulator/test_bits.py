@@ -13,6 +13,7 @@ import torch
 from mlpdown.plan import (
     CLUSTER_SIZES,
     H200,
+    RTX_5090,
     MAX_CONSUMER_WARPS,
     MAX_STAGES,
     NUM_SEGMENTS,
@@ -31,39 +32,41 @@ from .launch import Inputs, Kernel
 SHAPES = [(1, 8), (5, 72), (19, 200), (37, 520), (11, 2568)]
 
 
-def some_plans(cluster_size: int, rows_per_warp: int, seed: int) -> list[Plan]:
+def some_plans(cluster_size: int, rows_per_stage: int, seed: int) -> list[Plan]:
     """One plan of this instantiation for each shape, the rest of it drawn."""
-    random = np.random.default_rng([seed, cluster_size, rows_per_warp])
+    random = np.random.default_rng([seed, cluster_size, rows_per_stage])
+    warps_per_group = NUM_SEGMENTS // cluster_size
     plans = []
     for _ in SHAPES:
-        rows_per_stage, num_stages = int(random.integers(1, 12)), int(random.integers(1, 5))
-        num_items = -(-rows_per_stage // rows_per_warp) * (NUM_SEGMENTS // cluster_size)
-        num_consumer_warps = int(random.integers(1, min(4, num_items) + 1))
+        num_groups = int(random.choice([1, 1, 2, 4]))
+        num_groups = min(num_groups, MAX_CONSUMER_WARPS // warps_per_group)
+        num_stages = num_groups * int(random.integers(1, 5))
+        stages_in_flight = int(random.integers(1, num_stages + 1))
         weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
-        ring = (rows_per_stage, num_stages, num_consumer_warps)
-        plans.append(Plan(cluster_size, rows_per_warp, *ring, weight_prefetch, dependent_launch))
+        ring = (num_stages, stages_in_flight, num_groups * warps_per_group)
+        plans.append(Plan(cluster_size, rows_per_stage, *ring, weight_prefetch, dependent_launch))
     return plans
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cluster_size", "rows_per_warp"), instantiations())
-def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_warp: int, dtype: str) -> None:
+@pytest.mark.parametrize(("cluster_size", "rows_per_stage"), instantiations())
+def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_stage: int, dtype: str) -> None:
     for seed, ((hidden_dim, intermediate_dim), plan) in enumerate(
-        zip(SHAPES, some_plans(cluster_size, rows_per_warp, 1), strict=True)
+        zip(SHAPES, some_plans(cluster_size, rows_per_stage, 1), strict=True)
     ):
         inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
         out, _ = kernel.launch(inputs, plan, num_clusters=min(hidden_dim, 3), seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
-# As many warps as have work in two, four or sixteen tiles.
+# Two to sixteen groups of consumer warps, each on a tile of its own.
 SEVERAL_TILES_AT_ONCE = [
-    Plan(1, 2, 2, 4, 16),
-    Plan(2, 4, 3, 2, 8),
-    Plan(4, 1, 2, 4, 16),
-    Plan(4, 2, 1, 8, 8),
-    Plan(8, 1, 1, 16, 16),
-    Plan(8, 4, 4, 2, 2),
+    Plan(1, 2, 4, 2, 16),
+    Plan(2, 4, 2, 2, 8),
+    Plan(4, 1, 4, 3, 8),
+    Plan(4, 2, 8, 8, 16),
+    Plan(8, 1, 16, 2, 16),
+    Plan(8, 4, 2, 1, 2),
 ]
 
 
@@ -93,8 +96,8 @@ def test_registers_never_change_a_bit(kernel: Kernel, rows: int, weight_prefetch
             assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
-def one_plan_a_size(rows_per_warp: int) -> list[Plan]:
-    ring = [Plan(cluster_size, rows_per_warp, 4, 2, 3) for cluster_size in CLUSTER_SIZES]
+def one_plan_a_size(rows_per_stage: int) -> list[Plan]:
+    ring = [Plan(cluster_size, rows_per_stage, 2, 1, NUM_SEGMENTS // cluster_size) for cluster_size in CLUSTER_SIZES]
     return ring + [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
 
 
@@ -127,7 +130,7 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
         drawn["weight"][:, 3:] = 0
         drawn["mlp_intermediate"][3:] = 0
         inputs = Inputs(dtype, **drawn)
-        plan = Plan.in_registers(4) if seed % 2 else Plan(2, 4, 4, 2, 2)
+        plan = Plan.in_registers(4) if seed % 2 else Plan(2, 4, 2, 2, 4)
         out, _ = kernel.launch(inputs, plan, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
         tests = {"nan": np.isnan, "infinity": np.isinf, "finite": np.isfinite}
@@ -140,12 +143,12 @@ def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]
     return {"mlp_intermediate": (intermediate_dim,), "weight": (hidden_dim, intermediate_dim), **vectors}
 
 
-# What fits in an H200: the plan that is chosen for it, one for each other cluster size, and registers.
+# The plans that are chosen, one for each other cluster size, and registers.
 FULL_SIZE_PLANS = [
     choose_plan(2560, 10240, H200),
-    Plan(2, 4, 4, 4, 8, weight_prefetch=True),
-    Plan(4, 2, 8, 4, 16, weight_prefetch=True),
-    Plan(8, 2, 16, 5, 8),
+    choose_plan(2560, 10240, RTX_5090, weight_prefetch=True),
+    Plan(4, 4, 4, 2, 4, weight_prefetch=True),
+    Plan(8, 2, 5, 5, 1),
     *map(Plan.in_registers, ROWS_IN_REGISTERS),
 ]
 
@@ -161,7 +164,7 @@ def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
 
 def test_most_stages_and_warps(kernel: Kernel) -> None:
     inputs = make_inputs(150, 520, "float16", 8)
-    out, _ = kernel.launch(inputs, Plan(2, 1, 4, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
+    out, _ = kernel.launch(inputs, Plan(2, 1, MAX_STAGES, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
     assert_same_bits(out, expected_bits(inputs), "most stages and warps")
 
 

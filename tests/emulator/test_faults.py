@@ -32,7 +32,7 @@ def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
     kernel = (
         Kernel([], (plan.rows_in_registers,), native, optimise=False)
         if plan.rows_in_registers
-        else Kernel([(plan.cluster_size, plan.rows_per_warp)], (), native, optimise=False)
+        else Kernel([(plan.cluster_size, plan.rows_per_stage)], (), native, optimise=False)
     )
     caught: dict[str, str] = {}
     for seed in range(NUM_SCHEDULES):
@@ -59,8 +59,8 @@ def _what_fails(kernel: Kernel, plan: Plan, seed: int, is_partial_sums: bool = F
 
 
 def test_a_refused_plan_goes_wrong(kernel: Kernel) -> None:
-    """Warps for two tiles at once, over three stages: each sees only every other pass over a stage."""
-    plan = Plan(8, 1, rows_per_stage=1, num_stages=3, num_consumer_warps=2)
+    """Two groups of warps over three stages: each sees only every other pass over a stage."""
+    plan = Plan(8, 1, num_stages=3, stages_in_flight=3, num_consumer_warps=2)
     with pytest.raises(ValueError, match="num_consumer_warps"):
         check_plan(plan, SHAPE[1], H200)
     assert "unfilled read" in {_what_fails(kernel, plan, seed)[0] for seed in range(20)}

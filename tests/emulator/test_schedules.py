@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mlpdown.plan import CLUSTER_SIZES, ROWS_IN_REGISTERS, Plan
+from mlpdown.plan import CLUSTER_SIZES, NUM_SEGMENTS, ROWS_IN_REGISTERS, Plan
 
 from .cases import DTYPES, assert_same_bits, expected_bits, make_inputs
 from .launch import Kernel
@@ -34,17 +34,14 @@ def _cases() -> list[Case]:
     cases = []
     for dtype in DTYPES:
         for cluster_size in CLUSTER_SIZES:
+            warps_per_group = NUM_SEGMENTS // cluster_size
             # Rows that do not fill the last tile, segments that do not fill the last lanes; two clusters where that is cheap.
             num_clusters = 1 if cluster_size == 8 else 2
-            cases.append(
-                Case(
-                    Plan(cluster_size, 2, 3, 2, min(3, 16 // cluster_size)), num_clusters * 22, 200, num_clusters, dtype
-                )
-            )
+            cases.append(Case(Plan(cluster_size, 2, 3, 2, warps_per_group), num_clusters * 21, 200, num_clusters, dtype))
             # A row a tile, so that most ranks own none, and the slots for partial sums wrap too; empty segments.
-            cases.append(Case(Plan(cluster_size, 1, 1, 3, min(2, 8 // cluster_size)), 35, 72, 1, dtype))
-            # Warps for two tiles at once.
-            cases.append(Case(Plan(cluster_size, 4, 4, 2, 16 // cluster_size), 27, 72, 1, dtype))
+            cases.append(Case(Plan(cluster_size, 1, 3, 1, warps_per_group), 35, 72, 1, dtype))
+            # Two groups of warps.
+            cases.append(Case(Plan(cluster_size, 4, 2, 2, 2 * warps_per_group), 27, 72, 1, dtype))
         for rows in ROWS_IN_REGISTERS:
             cases.append(Case(Plan.in_registers(rows), 2 * rows + 1, 200, 1, dtype))
     return cases
@@ -55,7 +52,7 @@ def test_ring_as_long_as_the_slots(kernel: Kernel) -> None:
     inputs = make_inputs(33, 64, "float16", 1)
     expected = expected_bits(inputs)
     for seed in range(60):
-        out, _ = kernel.launch(inputs, Plan(1, 1, 2, 16, 16), num_clusters=1, seed=seed)
+        out, _ = kernel.launch(inputs, Plan(1, 2, 16, 16, 16), num_clusters=1, seed=seed)
         assert_same_bits(out, expected, f"seed {seed}")
 
 
@@ -73,7 +70,7 @@ def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
 
 def test_a_seed_replays_exactly(kernel: Kernel) -> None:
     inputs = make_inputs(44, 200, "float16", 1)
-    plan = Plan(4, 2, 3, 2, 3)
+    plan = Plan(4, 2, 3, 2, 2)
     runs = [kernel.launch(inputs, plan, num_clusters=1, seed=seed)[1] for seed in (1, 2, 1, 3)]
     assert runs[0] == runs[2]
     assert len({runs[0], runs[1], runs[3]}) == 3
