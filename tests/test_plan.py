@@ -9,6 +9,7 @@ import random
 import pytest
 
 from mlpdown import plan
+from mlpdown.bench import shapes as bench
 from mlpdown.build import library
 from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
 
@@ -27,7 +28,7 @@ RAGGED_SHAPES = [
 ]
 SHAPES = PYTHIA_SHAPES + COMMON_SHAPES + RAGGED_SHAPES
 
-GOOD = Plan(cluster_size=4, rows_per_warp=1, rows_per_stage=4, num_stages=4, num_consumer_warps=8)
+GOOD = Plan(cluster_size=4, rows_per_stage=4, num_stages=4, stages_in_flight=2, num_consumer_warps=8)
 
 
 @pytest.mark.parametrize("weight_prefetch", [False, True])
@@ -40,7 +41,7 @@ def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device
     if chosen.rows_in_registers:
         assert chosen.rows_in_registers in plan.ROWS_IN_REGISTERS
     else:
-        assert (chosen.cluster_size, chosen.rows_per_warp) in plan.instantiations()
+        assert (chosen.cluster_size, chosen.rows_per_stage) in plan.instantiations()
         # With one stage nothing is in flight while a stage is being summed.
         assert chosen.num_stages >= 2
 
@@ -64,7 +65,7 @@ def test_rtx_5090_has_99_kilobytes_a_block() -> None:
 def test_instantiations_are_every_pair_once() -> None:
     pairs = plan.instantiations()
     assert len(set(pairs)) == len(pairs)
-    assert set(pairs) == {(c, r) for c in plan.CLUSTER_SIZES for r in plan.ROWS_PER_WARP}
+    assert set(pairs) == {(c, r) for c in plan.CLUSTER_SIZES for r in plan.ROWS_PER_STAGE}
     assert plan.CLUSTER_SIZES == (1, 2, 4, 8), "sizes that split 8 segments and that every GPU since Hopper takes"
 
 
@@ -76,9 +77,9 @@ def test_instantiations_are_every_pair_once() -> None:
             [0, 3, 16, -1, 4.0, True, "4", None],
             r"one of \[1, 2, 4, 8\] \(mlpdown\.plan\.CLUSTER_SIZES\)",
         ),
-        ("rows_per_warp", [0, 3, 8, 1.0, False], r"one of \[1, 2, 4\] \(mlpdown\.plan\.ROWS_PER_WARP\)"),
-        ("rows_per_stage", [0, 33, -4, 4.0], "1 to 32"),
+        ("rows_per_stage", [0, 3, 8, 1.0, False], r"one of \[1, 2, 4\] \(mlpdown\.plan\.ROWS_PER_STAGE\)"),
         ("num_stages", [0, 17, -1, None], "1 to 16"),
+        ("stages_in_flight", [0, 17, 1.0], "1 to 16"),
         ("num_consumer_warps", [0, 17, "8"], "1 to 16"),
         ("rows_in_registers", [3, -1, 8, 2.0], r"one of \[0, 1, 2, 4\] \(mlpdown\.plan\.ROWS_IN_REGISTERS\)"),
     ],
@@ -91,33 +92,41 @@ def test_wrong_values_name_what_is_allowed(field: str, values: list[object], wor
 
 
 @pytest.mark.parametrize(
-    ("rows_per_stage", "num_stages", "num_consumer_warps", "possible"),
-    [
-        (4, 4, 8, True),
-        (3, 4, 8, False),
-        (3, 4, 6, True),
-        (3, 4, 12, True),
-        (3, 3, 12, False),
-        (1, 4, 8, True),
-        (1, 4, 7, False),
-    ],
+    ("num_stages", "num_consumer_warps", "possible"),
+    [(4, 2, True), (4, 4, True), (4, 8, True), (8, 16, True), (3, 2, True), (4, 3, False), (3, 4, False), (3, 6, False), (4, 1, False)],
 )
-def test_warps_share_out_whole_tiles(
-    rows_per_stage: int, num_stages: int, num_consumer_warps: int, possible: bool
-) -> None:
-    """At a cluster size of 4 and a row a warp, a tile has two items of work for each of its rows."""
-    candidate = Plan(4, 1, rows_per_stage, num_stages, num_consumer_warps)
+def test_groups_of_warps_share_out_the_stages(num_stages: int, num_consumer_warps: int, possible: bool) -> None:
+    """At a cluster size of 4 a group has two warps; as many groups as divide the stages, and the 16 slots for partial sums."""
+    candidate = Plan(4, 1, num_stages, 1, num_consumer_warps)
     if possible:
         check_plan(candidate, 1024, H200)
     else:
-        with pytest.raises(
-            ValueError, match=rf"^plan\.num_consumer_warps must be .* the {2 * rows_per_stage} items of a tile"
-        ):
+        with pytest.raises(ValueError, match=r"^plan\.num_consumer_warps must be 2 \(8 / cluster_size\) times a divisor of num_stages"):
             check_plan(candidate, 1024, H200)
 
 
+def test_no_more_stages_in_flight_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"^plan\.stages_in_flight must be at most num_stages 4, got 5$"):
+        check_plan(dataclasses.replace(GOOD, stages_in_flight=5), 1024, H200)
+
+
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+@pytest.mark.parametrize("shape", [shape for shape in bench.SHAPES if shape.weight_bytes > plan.SMALL_WEIGHT_BYTES], ids=str)
+def test_chosen_plans_share_an_sm(shape: bench.Shape, weight_prefetch: bool) -> None:
+    """Two CTAs at least, of the shared memory that an SM of an H200 has; tests/test_machine_code.py holds their registers to it."""
+    chosen = choose_plan(shape.hidden_dim, shape.intermediate_dim, H200, weight_prefetch=weight_prefetch)
+    reserved = plan.RESERVED_BYTES_PER_CTA
+    available = H200.shared_memory_per_block + reserved
+    assert 2 * (plan.shared_memory_bytes(chosen, shape.intermediate_dim) + reserved) <= available
+
+
+def test_three_ctas_share_an_sm_at_the_size_of_pythia_2b8() -> None:
+    needed = plan.shared_memory_bytes(choose_plan(2560, 10240, H200), 10240) + plan.RESERVED_BYTES_PER_CTA
+    assert 3 * needed <= H200.shared_memory_per_block + plan.RESERVED_BYTES_PER_CTA
+
+
 def test_plan_too_large_for_the_device_says_by_how_much() -> None:
-    large = dataclasses.replace(GOOD, rows_per_stage=8, num_stages=5)
+    large = dataclasses.replace(GOOD, num_stages=8)
     check_plan(large, 10240, H200)
     needed = plan.shared_memory_bytes(large, 10240)
     with pytest.raises(
@@ -141,9 +150,9 @@ def test_shared_memory_is_what_the_kernel_lays_out() -> None:
     for _ in range(2000):
         candidate = Plan(
             cluster_size=generator.choice(plan.CLUSTER_SIZES),
-            rows_per_warp=1,
-            rows_per_stage=generator.randint(1, plan.MAX_ROWS_PER_STAGE),
+            rows_per_stage=generator.choice(plan.ROWS_PER_STAGE),
             num_stages=generator.randint(1, plan.MAX_STAGES),
+            stages_in_flight=1,
             num_consumer_warps=8,
         )
         intermediate_dim = 8 * generator.choice([1, 2, 7, 8, 9, 129, 1280, generator.randint(1, 4096)])
@@ -151,6 +160,7 @@ def test_shared_memory_is_what_the_kernel_lays_out() -> None:
         assert plan.shared_memory_bytes(candidate, intermediate_dim) == expected, (candidate, intermediate_dim)
         compared += 1
     assert compared == 2000
+    assert native(1024, 3, 1, 2) == native(1024, 1, 3, 2) == 0, "sizes that were not compiled in"
 
 
 class NativeProblem(ctypes.Structure):
@@ -165,9 +175,9 @@ class NativePlan(ctypes.Structure):
     _fields_ = [
         ("rows_in_registers", ctypes.c_uint),
         ("cluster_size", ctypes.c_uint),
-        ("rows_per_warp", ctypes.c_uint),
         ("rows_per_stage", ctypes.c_uint),
         ("num_stages", ctypes.c_uint),
+        ("stages_in_flight", ctypes.c_uint),
         ("num_consumer_warps", ctypes.c_uint),
         ("weight_prefetch", ctypes.c_int),
         ("dependent_launch", ctypes.c_int),
@@ -177,12 +187,15 @@ class NativePlan(ctypes.Structure):
 @pytest.mark.parametrize(
     ("intermediate_dim", "native_plan", "words"),
     [
-        ((1 << 24) - 8, (0, 1, 1, 32, 16, 8, 0, 1), b"more shared memory a block than any device has"),
-        (2**19, (0, 1, 1, 32, 16, 8, 0, 1), b"more shared memory a block than any device has"),
+        ((1 << 24) - 8, (0, 1, 4, 16, 1, 8, 0, 1), b"more shared memory a block than any device has"),
+        (2**21, (0, 1, 4, 16, 1, 8, 0, 1), b"more shared memory a block than any device has"),
         (2048, (0, 3, 1, 1, 1, 8, 0, 1), b"not compiled in"),
-        (2048, (3, 1, 1, 1, 1, 1, 0, 1), b"not compiled in"),
-        (2048, (0, 1, 1, 33, 1, 8, 0, 1), b"rows_per_stage must be in 1..32"),
-        (2048, (0, 8, 1, 1, 3, 2, 0, 1), b"multiple of them that divides num_stages"),
+        (2048, (3, 1, 1, 1, 1, 8, 0, 1), b"not compiled in"),
+        (2048, (0, 1, 3, 1, 1, 8, 0, 1), b"not compiled in"),
+        (2048, (0, 1, 1, 17, 1, 8, 0, 1), b"num_stages must be in 1..16"),
+        (2048, (0, 1, 1, 2, 3, 8, 0, 1), b"stages_in_flight in 1..num_stages"),
+        (2048, (0, 8, 1, 3, 1, 2, 0, 1), b"times a divisor of num_stages"),
+        (2048, (0, 1, 1, 1, 1, 12, 0, 1), b"times a divisor of num_stages"),
         (2044, (0, 1, 1, 1, 1, 8, 0, 1), b"multiple of 8"),
     ],
 )

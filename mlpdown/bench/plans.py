@@ -14,14 +14,17 @@ from rich.table import Table
 
 from .. import native_backend
 from ..plan import (
+    BYTES_PER_ELEMENT,
     CLUSTER_SIZES,
-    MAX_ROWS_PER_STAGE,
     MAX_STAGES,
+    NUM_SEGMENTS,
+    RESERVED_BYTES_PER_CTA,
     ROWS_IN_REGISTERS,
-    ROWS_PER_WARP,
+    ROWS_PER_STAGE,
     Device,
     Plan,
     check_plan,
+    shared_memory_bytes,
 )
 from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
 from .measure import native_layer, native_plans
@@ -31,28 +34,37 @@ from .timing import time_replays
 
 NUM_ROUNDS = 10
 NUM_SHOWN = 20
-STAGE_KILOBYTES = (10, 20, 30, 40, 60, 80, 100)
-CONSUMER_WARPS = (4, 8, 12, 16)
+IN_FLIGHT_KILOBYTES = (20, 40, 80)  # of each CTA
+NUM_GROUPS = (1, 2)
+CTAS_PER_SM = (1, 2, 3)
 
 
 def grid(shape: Shape, device: Device) -> Iterator[Plan]:
-    """Plans that fit: of the ring every cluster size, rows per warp, size of a stage and number of warps, with all the stages there is room
-    for; and all of the kernel that lands weights in registers."""
+    """Plans that fit: of the ring every cluster size and number of rows, the stages for which there is room where one, two or three CTAs
+    share an SM, or two stages; some of them or all in flight; one or two groups of warps. And all of the kernel that lands weights in
+    registers."""
     yield from (Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS)
     seen = set()
-    for cluster_size, rows_per_warp, stage_kilobytes, num_warps in itertools.product(
-        CLUSTER_SIZES, ROWS_PER_WARP, STAGE_KILOBYTES, CONSUMER_WARPS
-    ):
-        row_bytes = 2 * shape.intermediate_dim // cluster_size
-        rows_per_stage = min(MAX_ROWS_PER_STAGE, 1024 * stage_kilobytes // row_bytes // rows_per_warp * rows_per_warp)
-        for num_stages in range(MAX_STAGES, 1, -1):
-            plan = Plan(cluster_size, rows_per_warp, rows_per_stage, num_stages, num_warps)
-            if plan not in seen and _fits(plan, shape, device):
-                seen.add(plan)
-                yield plan
-                break
-            if plan in seen:
-                break
+    for cluster_size, rows, num_groups in itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE, NUM_GROUPS):
+        stage_bytes = rows * BYTES_PER_ELEMENT * shape.intermediate_dim // cluster_size
+        for num_stages in {2, *(_most_stages(cluster_size, rows, shape, device, share) for share in CTAS_PER_SM)}:
+            num_stages -= num_stages % num_groups
+            for stages_in_flight in {num_stages, *(max(1, 1024 * size // stage_bytes) for size in IN_FLIGHT_KILOBYTES)}:
+                plan = Plan(cluster_size, rows, num_stages, stages_in_flight, num_groups * NUM_SEGMENTS // cluster_size)
+                if plan not in seen and _fits(plan, shape, device):
+                    seen.add(plan)
+                    yield plan
+
+
+def _most_stages(cluster_size: int, rows: int, shape: Shape, device: Device, ctas_per_sm: int) -> int:
+    """How many stages fit where so many CTAs share an SM."""
+
+    def fits(num_stages: int) -> bool:
+        plan = Plan(cluster_size, rows, num_stages, 1, NUM_SEGMENTS // cluster_size)
+        needed = shared_memory_bytes(plan, shape.intermediate_dim) + RESERVED_BYTES_PER_CTA
+        return needed * ctas_per_sm <= device.shared_memory_per_block + RESERVED_BYTES_PER_CTA
+
+    return next((num_stages for num_stages in range(MAX_STAGES, 0, -1) if fits(num_stages)), 0)
 
 
 def sweep(
@@ -96,9 +108,9 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     by_isolated = sorted(timed, key=lambda row: median(row["isolated"]))
     shown = [row for row in rows if row in timed[:NUM_SHOWN] or row in by_isolated[:NUM_SHOWN] or "error" in row]
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for heading in ("registers", "cluster", "rows/warp", "rows/stage", "stages", "warps", "chained us", "isolated us"):
+    for heading in ("registers", "cluster", "rows/stage", "stages", "in flight", "warps", "chained us", "isolated us"):
         result.add_column(heading, justify="right")
-    ring = ("cluster_size", "rows_per_warp", "rows_per_stage", "num_stages", "num_consumer_warps")
+    ring = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
     for row in shown:
         plan = row["plan"]
         in_registers = plan["rows_in_registers"]

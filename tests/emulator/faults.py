@@ -79,7 +79,12 @@ FAULTS = (
         "wait_for_cluster<kClusterSize>",
         "ptx::mbarrier_wait",
     ),
-    Fault("a refill is issued one stage early", "overwrite", f"if (tile >= plan.num_stages) {_WAIT_EMPTY}", f"if (tile > plan.num_stages) {_WAIT_EMPTY}"),
+    Fault(
+        "a refill is issued one stage early",
+        "overwrite",
+        f"if (tile >= plan.num_stages) {_WAIT_EMPTY}",
+        f"if (tile > plan.num_stages) {_WAIT_EMPTY}",
+    ),
     changed("producer waits for the stage's other phase", "overwrite", _WAIT_EMPTY, " ^ 1", ""),
     changed("producer waits for the landing's other phase", "deadlock", _WAIT_LANDING, "phase", "phase ^ 1"),
     Fault(
@@ -105,7 +110,7 @@ FAULTS = (
     changed("a stage expects 16 bytes too few", "surplus bytes", _EXPECT_STAGE, "slice_bytes", "slice_bytes - 16"),
     changed("a stage expects 16 bytes too many", "missing bytes", _EXPECT_STAGE, "slice_bytes", "slice_bytes + 16"),
     changed("a slot expects half of the bytes", "surplus bytes", _EXPECT_SLOT, "kNumSegments", "kNumSegments / 2"),
-    Fault("sums go to the wrong owner", "surplus bytes", "const uint32_t owner = row % kClusterSize;", "const uint32_t owner = (row + 1) % kClusterSize;"),
+    changed("sums go to the wrong owner", "surplus bytes", "const uint32_t owner = row % kClusterSize;", "row", "(row + 1)"),
     # Start and end
     Fault(
         "the last stage's barriers are not initialised",

@@ -13,11 +13,11 @@ import torch
 from mlpdown.plan import (
     CLUSTER_SIZES,
     H200,
-    RTX_5090,
     MAX_CONSUMER_WARPS,
     MAX_STAGES,
     NUM_SEGMENTS,
     ROWS_IN_REGISTERS,
+    RTX_5090,
     Plan,
     check_plan,
     choose_plan,
