@@ -20,7 +20,7 @@ LOG_TAIL_CHARACTERS = 2000
 HAZARD_TESTS = "tests/gpu/test_hazard.py"
 SANITIZER_TESTS = "tests/gpu/test_sanitizers.py"
 # The specification on the CPU is most of the tests' time.
-MAX_TEST_PROCESSES = min(6, os.cpu_count() or 1)
+MAX_TEST_PROCESSES = min(12, os.cpu_count() or 1)
 
 Findings = dict[str, Any]
 

@@ -72,7 +72,7 @@ def test_plan_is_packed_as_the_op_unpacks_it() -> None:
 @pytest.mark.parametrize("value", [64, -1])
 def test_plan_that_does_not_fit_is_not_packed(value: int) -> None:
     with pytest.raises(ValueError, match=rf"^plan\.num_stages must fit 6 bits, got {value}$"):
-        native_backend.pack_plan(Plan(1, 1, 1, value, 8))
+        native_backend.pack_plan(Plan(1, 1, value, 1, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,7 +183,7 @@ def test_what_is_asked_of_the_device_is_not_traced(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ops, "_cached_refusal_of_device", refusal_under_a_lock)
     monkeypatch.setattr(native_backend, "device_properties", properties_under_a_lock)
-    plan = Plan(1, 2, 2, 3, 8)
+    plan = Plan(1, 2, 3, 2, 8)
 
     def function(values: torch.Tensor) -> torch.Tensor:
         packed = native_backend.packed_plan((8, 2048), 0, plan, True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from gpu import harness, weight_writer
 from gpu.harness import parse_output
+from gpu.test_sanitizers import unexplained
 
 from mlpdown.bench import yardstick
 from mlpdown.bench.cuda_program import compile_cuda
@@ -30,7 +31,7 @@ def test_harness_cases_have_plans_that_run() -> None:
     assert len(cases()) == harness.NUM_RING_CASES
     for _, intermediate_dim, plan in cases():
         check_plan(plan, intermediate_dim, H200)
-        assert (plan.cluster_size, plan.rows_per_warp) in harness.INSTANTIATIONS
+        assert (plan.cluster_size, plan.rows_per_stage) in harness.INSTANTIATIONS
 
 
 @pytest.mark.parametrize("cluster_size", ACTIVE_CLUSTERS)
@@ -62,7 +63,33 @@ def test_findings_of_racecheck_are_counted() -> None:
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
     verdict = parse_output("racecheck", output)
-    assert (verdict.num_errors, verdict.num_warnings, len(verdict.findings)) == (1, 0, 1)
+    assert (verdict.num_errors, verdict.num_warnings) == (1, 0)
+    assert verdict.findings == ("Read plant_racecheck / Write plant_racecheck",)
+    assert unexplained(verdict) == list(verdict.findings)
+
+
+def test_hazards_of_racecheck_are_told_apart_by_their_pair_of_accesses() -> None:
+    output = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at ptx::ld_shared(unsigned int)+0x17c0 in ptx.cuh:74
+=========     and Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x4580 in ptx.cuh:178 [3333120 hazards]
+=========
+========= Error: Race reported between Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80
+=========     and Read access at ptx::ld_shared(unsigned int)+0x2300 in ptx.cuh:74 [2496 hazards]
+=========     and Read access at ptx::ld_shared(unsigned int)+0x2310 in ptx.cuh:74 [2496 hazards]
+=========     and Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80 [8 hazards]
+=========
+========= Error: Race reported between Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x53a0 in ptx.cuh:178
+=========     and Read access at ptx::ld_shared(unsigned int)+0x1e60 in ptx.cuh:74 [1707379 hazards]
+=========
+========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)
+"""
+    verdict = parse_output("racecheck", output)
+    assert verdict.findings == (
+        "Read ptx::ld_shared / Write ptx::cp_async_bulk",
+        "Read ptx::ld_shared / Write ptx::st_shared",
+        "Write ptx::st_shared / Write ptx::st_shared",
+    )
+    assert unexplained(verdict) == ["Write ptx::st_shared / Write ptx::st_shared"]
 
 
 def test_a_tool_that_could_not_work_is_no_clean_verdict() -> None:

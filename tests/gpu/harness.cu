@@ -79,9 +79,9 @@ struct Tensor {
 
 struct PlanValues {
   unsigned int cluster_size;
-  unsigned int rows_per_warp;
   unsigned int rows_per_stage;
   unsigned int num_stages;
+  unsigned int stages_in_flight;
   unsigned int num_consumer_warps;
   int weight_prefetch;
   int dependent_launch;
@@ -101,9 +101,9 @@ struct TestCase {
 MlpDownPlan make_plan(const PlanValues& values) {
   MlpDownPlan plan = {};
   plan.cluster_size = values.cluster_size;
-  plan.rows_per_warp = values.rows_per_warp;
   plan.rows_per_stage = values.rows_per_stage;
   plan.num_stages = values.num_stages;
+  plan.stages_in_flight = values.stages_in_flight;
   plan.num_consumer_warps = values.num_consumer_warps;
   plan.weight_prefetch = values.weight_prefetch;
   plan.dependent_launch = values.dependent_launch;
@@ -115,18 +115,20 @@ constexpr int kNoPrefetch = 0;
 constexpr int kPrefetch = 1;
 
 // Over 114 KB of shared memory a CTA in the large cases, so that an SM holds one: then a cluster walks more tiles than the ring has stages
-// and than there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments and slices partly or wholly empty.
+// and than there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments and slices partly or wholly empty. In the
+// last case several CTAs share an SM.
 const TestCase kCases[] = {
-    // hidden, intermediate, bf16, optional, partial, {cluster, rows/warp, rows/stage, stages, warps, prefetch, dependent launch}
-    {2400, 4096, false, true, false, {1, 1, 1, 15, 3, kNoPrefetch, 1}},
-    {2400, 8192, true, true, false, {2, 2, 2, 7, 4, kPrefetch, 1}},
-    {2400, 8192, false, true, false, {4, 2, 4, 7, 4, kNoPrefetch, 1}},
-    {1024, 16384, true, false, false, {8, 4, 4, 7, 1, kPrefetch, 1}},
-    {333, 1000, false, true, false, {4, 1, 3, 2, 6, kPrefetch, 0}},
+    // hidden, intermediate, bf16, optional, partial, {cluster, rows, stages, in flight, warps, prefetch, dependent launch}
+    {2400, 4096, false, true, false, {1, 1, 14, 4, 16, kNoPrefetch, 1}},
+    {2400, 8192, true, true, false, {2, 2, 7, 3, 4, kPrefetch, 1}},
+    {2400, 8192, false, true, false, {4, 4, 8, 5, 8, kNoPrefetch, 1}},
+    {1024, 16384, true, false, false, {8, 4, 8, 8, 2, kPrefetch, 1}},
+    {333, 1000, false, true, false, {4, 1, 2, 1, 4, kPrefetch, 0}},
     {77, 8, false, true, false, {8, 1, 2, 2, 2, kNoPrefetch, 1}},
-    {1, 2048, true, true, false, {4, 1, 1, 2, 4, kNoPrefetch, 1}},
-    {512, 2048, false, true, false, {4, 2, 20, 5, 8, kNoPrefetch, 1}},
-    {512, 512, false, false, true, {2, 1, 4, 3, 4, kNoPrefetch, 1}},
+    {1, 2048, true, true, false, {4, 1, 2, 1, 2, kNoPrefetch, 1}},
+    {512, 2048, false, true, false, {4, 2, 5, 5, 2, kNoPrefetch, 1}},
+    {512, 512, false, false, true, {2, 1, 4, 3, 8, kNoPrefetch, 1}},
+    {2560, 2048, true, true, false, {1, 1, 2, 1, 8, kPrefetch, 1}},
 };
 
 // The kernel that lands weights in registers, with every number of rows that was compiled in.
@@ -202,9 +204,9 @@ bool run_case(const TestCase& test) {
     const double bound = unit * std::fabs(exact) + 64 * std::ldexp(1.0, -24) * magnitude;
     if (!(std::fabs(actual - exact) <= bound)) ++wrong;
   }
-  std::printf("%u x %u, %s%s, %u rows in registers, cluster %u, %u rows a warp, %u a stage, %u stages, %u warps, prefetch %d: %u wrong\n", test.hidden_dim,
+  std::printf("%u x %u, %s%s, %u rows in registers, cluster %u, %u rows a stage, %u stages, %u in flight, %u warps, prefetch %d: %u wrong\n", test.hidden_dim,
               test.intermediate_dim, test.is_bfloat16 ? "bfloat16" : "float16", test.is_partial_sums ? " partial sums" : "",
-              test.plan.rows_in_registers, test.plan.cluster_size, test.plan.rows_per_warp, test.plan.rows_per_stage, test.plan.num_stages, test.plan.num_consumer_warps,
+              test.plan.rows_in_registers, test.plan.cluster_size, test.plan.rows_per_stage, test.plan.num_stages, test.plan.stages_in_flight, test.plan.num_consumer_warps,
               test.plan.weight_prefetch, wrong);
   return wrong == 0;
 }

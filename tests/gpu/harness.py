@@ -15,12 +15,17 @@ from mlpdown.build.sources import package_sources
 from mlpdown.build.toolchain import find_toolchain
 
 SOURCE = "harness.cu"
-# (cluster_size, rows_per_warp) of the plans in harness.cu: compiling all takes longer than running them.
-INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 4)]
-NUM_RING_CASES = 9
+# (cluster_size, rows_per_stage) of the plans in harness.cu: compiling all takes longer than running them.
+INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4)]
+NUM_RING_CASES = 10
 RUN_LIMIT_SECONDS = 60
+RACECHECK_LIMIT_SECONDS = 120  # it follows every byte of shared memory
 MAX_HAZARDS_LISTED = 50
-FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Race reported|Program hit")
+FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
+# racecheck's report takes a line for an access, and one more for each access that it may clash with.
+RACE = re.compile(r"\w+: Race reported between (?P<access>.*)")
+OTHER_ACCESS = re.compile(r"and (?P<access>(?:Read|Write) access at .*)")
+ACCESS = re.compile(r"(?P<kind>Read|Write) access at (?P<function>.+?)(?:\(.*\))?\+0x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Verdict:
     num_warnings: int
     """racecheck's hazards of severity warning."""
     findings: tuple[str, ...]
-    """Each distinct finding, a line each."""
+    """Each distinct finding, a line each; racecheck's as ``Read f / Write g``, the accesses in the order of the alphabet."""
     output: str
 
 
@@ -72,9 +77,11 @@ def sanitize(tool: str, program: Path, *arguments: str) -> Verdict:
     """Run under a tool of compute-sanitizer. Raises TimeoutExpired if it hangs, ValueError if the tool did not come to an end."""
     sanitizer = find_sanitizer()
     assert sanitizer is not None
-    options = {"racecheck": ["--racecheck-report=all"]}.get(tool, [])
+    # Pairs of accesses, not every byte that they clash over: those take minutes to print.
+    options = ["--racecheck-report=analysis", "--show-backtrace=no"] if tool == "racecheck" else []
+    limit = RACECHECK_LIMIT_SECONDS if tool == "racecheck" else RUN_LIMIT_SECONDS
     command = [str(sanitizer), f"--tool={tool}", *options, str(program), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=RUN_LIMIT_SECONDS, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit, check=False)
     return parse_output(tool, process.stdout + process.stderr)
 
 
@@ -85,7 +92,7 @@ def parse_output(tool: str, output: str) -> Verdict:
         ValueError: there is no summary: the tool could not do its work.
     """
     lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
-    findings = tuple(dict.fromkeys(line for line in lines if FINDING.match(line)))
+    findings = tuple(dict.fromkeys([*_races(lines), *(line for line in lines if FINDING.match(line) and not RACE.match(line))]))
     for line in lines:
         summary = re.match(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", line)
         if summary is not None:
@@ -94,3 +101,22 @@ def parse_output(tool: str, output: str) -> Verdict:
         if summary is not None:
             return Verdict(int(summary[1]), 0, findings[:MAX_HAZARDS_LISTED], output)
     raise ValueError(f"{tool} gave no summary: {output[-1000:]}")
+
+
+def _races(lines: Sequence[str]) -> list[str]:
+    """The pairs of accesses that racecheck reports, without addresses, lines and counts: equal ones are one."""
+    pairs, first = [], ""
+    for line in lines:
+        if race := RACE.match(line):
+            first = _access(race["access"])
+        elif first and (other := OTHER_ACCESS.match(line)):
+            pairs.append(" / ".join(sorted((first, _access(other["access"])))))
+        else:
+            first = ""
+    return pairs
+
+
+def _access(text: str) -> str:
+    """``Read ptx::ld_shared`` from ``Read access at ptx::ld_shared(unsigned int)+0x17c0 in ptx.cuh:74``; another text as it is."""
+    match = ACCESS.match(text)
+    return f"{match['kind']} {match['function']}" if match else text

@@ -73,9 +73,9 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
     assert not wrong, f"{len(wrong)} of {len(chosen)} plans change bits, e.g. {wrong[:4]}"
     for rows in plans.ROWS_IN_REGISTERS:
         assert sum(plan.rows_in_registers == rows for plan in chosen) == 4
-    for cluster_size, rows_per_warp in plans.instantiations():
-        pair = [plan for plan in chosen if (plan.cluster_size, plan.rows_per_warp) == (cluster_size, rows_per_warp)]
-        assert len(pair) >= 10, (cluster_size, rows_per_warp)
+    for cluster_size, rows_per_stage in plans.instantiations():
+        pair = [plan for plan in chosen if (plan.cluster_size, plan.rows_per_stage) == (cluster_size, rows_per_stage)]
+        assert len(pair) >= 4, (cluster_size, rows_per_stage)
 
 
 def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
@@ -86,19 +86,21 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
         for weight_prefetch, dependent_launch in itertools.product((False, True), (False, True))
     ]
     switches = itertools.cycle(itertools.product((False, True), (True, False)))
-    fields = ((1, 3, 8, 13), (1, 2, 5, 16), (1, 3, 4, 8, 16))
-    for (cluster_size, rows_per_warp), values in itertools.product(plans.instantiations(), itertools.product(*fields)):
-        rows_per_stage, num_stages, num_consumer_warps = values
+    fields = ((1, 2, 3, 4, 8, 16), (1, 2, 16), (1, 2, 4, 8, 16))
+    for (cluster_size, rows_per_stage), values in itertools.product(plans.instantiations(), itertools.product(*fields)):
+        num_stages, stages_in_flight, num_groups = values
         weight_prefetch, dependent_launch = next(switches)
         plan = Plan(
             cluster_size=cluster_size,
-            rows_per_warp=rows_per_warp,
             rows_per_stage=rows_per_stage,
             num_stages=num_stages,
-            num_consumer_warps=num_consumer_warps,
+            stages_in_flight=min(stages_in_flight, num_stages),
+            num_consumer_warps=num_groups * plans.NUM_SEGMENTS // cluster_size,
             weight_prefetch=weight_prefetch,
             dependent_launch=dependent_launch,
         )
+        if plan in fitting:
+            continue
         try:
             check_plan(plan, intermediate_dim, device)
         except ValueError:
@@ -112,7 +114,7 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
 @pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (131, 72), (1027, 32760), (2560, 10240)])
 def test_both_kernels_at_every_kind_of_shape(hidden_dim: int, intermediate_dim: int, kind: str, dtype: str) -> None:
     """Which one a shape gets is the plan's affair; each must do for all."""
-    ring = Plan(cluster_size=8, rows_per_warp=1, rows_per_stage=2, num_stages=3, num_consumer_warps=2)
+    ring = Plan(cluster_size=8, rows_per_stage=2, num_stages=3, stages_in_flight=2, num_consumer_warps=1)
     for plan in (ring, *(Plan.in_registers(rows) for rows in plans.ROWS_IN_REGISTERS)):
         check_native(hidden_dim, intermediate_dim, dtype, kind, plan)
 

@@ -164,14 +164,14 @@ def test_grad_mode(name: str) -> None:
 
 
 def test_wrong_plans() -> None:
-    chosen = Plan(1, 2, 2, 3, 8)
-    for field, value in [("cluster_size", 3), ("rows_per_warp", 5), ("rows_per_stage", 0), ("num_stages", 99)]:
+    chosen = Plan(1, 2, 3, 2, 8)
+    for field, value in [("cluster_size", 3), ("rows_per_stage", 5), ("stages_in_flight", 4), ("num_stages", 99)]:
         with pytest.raises(ValueError, match=rf"^plan\.{field} must be"):
             mlpdown.run(**good(), backend="native", plan=dataclasses.replace(chosen, **{field: value}))
     large = torch.zeros(8, 32768, dtype=torch.float16, device=DEVICE)
     with pytest.raises(ValueError, match=r"^plan needs \d+ bytes of shared memory a block at intermediate_dim 32768"):
         mlpdown.run(
-            large[:, 0].view(1, 8).contiguous(), None, large[:1], large, backend="native", plan=Plan(1, 1, 8, 8, 8)
+            large[:, 0].view(1, 8).contiguous(), None, large[:1], large, backend="native", plan=Plan(1, 4, 8, 8, 8)
         )
 
 
@@ -179,13 +179,13 @@ def test_op_itself_refuses_what_python_would_have() -> None:
     """torch.ops.mlpdown can be called by anybody: no bad argument may reach the kernel."""
     native_backend.load()
     arguments = good()
-    ring = Plan(cluster_size=4, rows_per_warp=1, rows_per_stage=4, num_stages=4, num_consumer_warps=8)
+    ring = Plan(cluster_size=4, rows_per_stage=4, num_stages=4, stages_in_flight=2, num_consumer_warps=8)
     plan = native_backend.pack_plan(ring)
     for name, tensor in arguments.items():
         for wrong in (tensor.float(), tensor.cpu(), tensor[..., :8], torch.stack([tensor, tensor], -1)[..., 0]):
             with pytest.raises(RuntimeError, match="must"):
                 torch.ops.mlpdown.mlp_down(*{**arguments, name: wrong}.values(), plan)
-    changes: list[dict[str, int]] = [{"cluster_size": 3}, {"rows_per_warp": 7}, {"num_stages": 0}]
+    changes: list[dict[str, int]] = [{"cluster_size": 3}, {"rows_per_stage": 7}, {"num_stages": 0}, {"stages_in_flight": 5}]
     wrong_plans = [native_backend.pack_plan(dataclasses.replace(ring, **change)) for change in changes]
     for wrong_plan in (*wrong_plans, -1, 1 << 62):
         with pytest.raises(RuntimeError, match="plan|instantiat|compiled"):

@@ -16,7 +16,7 @@ import torch
 import mlpdown
 from gpu.weight_writer import write_late
 from mlpdown.cases import Case, make_case
-from mlpdown.plan import CLUSTER_SIZES, ROWS_IN_REGISTERS, Plan
+from mlpdown.plan import CLUSTER_SIZES, NUM_SEGMENTS, ROWS_IN_REGISTERS, Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -25,8 +25,8 @@ SHAPE = (2560, 10240)
 
 
 def _ring(cluster_size: int) -> Plan:
-    """A ring that is small enough for every GPU, with 8 items for 8 warps in every tile."""
-    return Plan(cluster_size, rows_per_warp=1, rows_per_stage=cluster_size, num_stages=3, num_consumer_warps=8)
+    """A ring that is small enough for every GPU, and a group of warps."""
+    return Plan(cluster_size, 1, num_stages=3, stages_in_flight=2, num_consumer_warps=NUM_SEGMENTS // cluster_size)
 
 
 class Alternating:
