@@ -18,6 +18,7 @@ SOURCE = "harness.cu"
 # (cluster_size, rows_per_stage) of the plans in harness.cu: compiling all takes longer than running them.
 INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4)]
 NUM_RING_CASES = 10
+NUM_SMALL_RING_CASES = 6
 RUN_LIMIT_SECONDS = 60
 RACECHECK_LIMIT_SECONDS = 120  # it follows every byte of shared memory
 MAX_HAZARDS_LISTED = 50
