@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from gpu.harness import NUM_RING_CASES, NUM_SMALL_RING_CASES, Verdict, build_harness, find_sanitizer, run_harness, sanitize
+from gpu.harness import (
+    NUM_RING_CASES,
+    NUM_SMALL_RING_CASES,
+    Verdict,
+    build_harness,
+    find_sanitizer,
+    run_harness,
+    sanitize,
+)
 
 pytestmark = pytest.mark.gpu
 
