@@ -1,7 +1,6 @@
 // The launcher without torch, for compute-sanitizer: a few shapes under plans of every cluster size, or one planted fault.
 //
 //     harness run             every case once; prints a line a case; exit status 1 if a result is wrong
-//     harness run-small       the same with small cases, for racecheck, which takes minutes over what the others take seconds for
 //     harness plant FAULT     a kernel with the fault that a tool is there to find: memcheck, synccheck, initcheck or racecheck
 #include <launcher.h>
 
@@ -130,16 +129,6 @@ const TestCase kCases[] = {
     {512, 2048, false, true, false, {4, 2, 5, 5, 2, kNoPrefetch, 1}},
     {512, 512, false, false, true, {2, 1, 4, 3, 8, kNoPrefetch, 1}},
     {2560, 2048, true, true, false, {1, 1, 2, 1, 8, kPrefetch, 1}},
-};
-
-// Every cluster size and kind of access: rings that wrap, of clusters of one CTA and of more; and, in main, registers.
-const TestCase kSmallCases[] = {
-    {1200, 512, false, true, false, {1, 1, 2, 1, 8, kNoPrefetch, 1}},
-    {1200, 512, true, true, false, {1, 1, 2, 2, 16, kPrefetch, 1}},
-    {1200, 512, true, true, false, {2, 2, 2, 2, 4, kPrefetch, 1}},
-    {1200, 512, false, true, false, {4, 4, 2, 1, 4, kNoPrefetch, 1}},
-    {600, 512, true, false, false, {8, 1, 2, 2, 1, kPrefetch, 1}},
-    {600, 512, false, false, true, {2, 1, 2, 1, 4, kNoPrefetch, 1}},
 };
 
 // The kernel that lands weights in registers, with every number of rows that was compiled in.
@@ -275,19 +264,13 @@ int plant(const char* fault) {
 
 int main(int argc, char** argv) {
   if (argc == 3 && std::strcmp(argv[1], "plant") == 0) return plant(argv[2]);
-  const bool is_small = argc == 2 && std::strcmp(argv[1], "run-small") == 0;
-  if (argc != 2 || !(is_small || std::strcmp(argv[1], "run") == 0)) {
-    std::fprintf(stderr, "usage: harness run | harness run-small | harness plant FAULT\n");
+  if (argc != 2 || std::strcmp(argv[1], "run") != 0) {
+    std::fprintf(stderr, "usage: harness run | harness plant FAULT\n");
     return 2;
   }
   bool all_right = true;
-  if (is_small) {
-    for (const TestCase& test : kSmallCases) all_right = run_case(test) && all_right;
-    all_right = run_case({77, 1000, false, true, false, {1, 1, 1, 1, 1, kNoPrefetch, 1, 4}}) && all_right;
-  } else {
-    for (const TestCase& test : kCases) all_right = run_case(test) && all_right;
-    for (const TestCase& test : register_cases()) all_right = run_case(test) && all_right;
-  }
+  for (const TestCase& test : kCases) all_right = run_case(test) && all_right;
+  for (const TestCase& test : register_cases()) all_right = run_case(test) && all_right;
   CHECK(cudaDeviceReset());
   return all_right ? 0 : 1;
 }

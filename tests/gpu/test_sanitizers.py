@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu.harness import (
-    NUM_RING_CASES,
-    NUM_SMALL_RING_CASES,
-    Verdict,
-    build_harness,
-    find_sanitizer,
-    run_harness,
-    sanitize,
-)
+from gpu.harness import NUM_RING_CASES, Verdict, build_harness, find_sanitizer, run_harness, sanitize
 
 pytestmark = pytest.mark.gpu
 
@@ -74,11 +66,11 @@ def test_racecheck_finds_a_planted_fault(harness: Path) -> None:
 
 
 def test_every_hazard_of_racecheck_is_explained(harness: Path, record_property: Callable[[str, object], None]) -> None:
-    verdict = sanitize("racecheck", harness, "run-small")
+    verdict = sanitize("racecheck", harness, "run")
     record_property("errors", verdict.num_errors)
     record_property("warnings", verdict.num_warnings)
     record_property("hazards", " | ".join(f"{finding}: {EXPLAINED_HAZARDS.get(finding, 'not explained')}" for finding in verdict.findings))
-    assert_all_cases_right(verdict.output, NUM_SMALL_RING_CASES)
+    assert_all_cases_right(verdict.output)
     assert not unexplained(verdict), "\n".join([*unexplained(verdict), verdict.output[-3000:]])
 
 
@@ -89,9 +81,9 @@ def unexplained(verdict: Verdict) -> list[str]:
     return [finding for finding in verdict.findings if finding not in EXPLAINED_HAZARDS]
 
 
-def assert_all_cases_right(output: str, num_ring_cases: int = NUM_RING_CASES) -> None:
+def assert_all_cases_right(output: str) -> None:
     """Each case of the harness printed its line, with no wrong element; cases of both kernels."""
     verdicts = re.findall(r"(\d+) rows in registers.*: (\d+) wrong$", output, re.MULTILINE)
-    assert sum(rows == "0" for rows, _ in verdicts) == num_ring_cases, output
-    assert len(verdicts) > num_ring_cases, output
+    assert sum(rows == "0" for rows, _ in verdicts) == NUM_RING_CASES, output
+    assert len(verdicts) > NUM_RING_CASES, output
     assert all(num_wrong == "0" for _, num_wrong in verdicts), output
