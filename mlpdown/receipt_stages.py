@@ -191,7 +191,7 @@ def _golden_findings(folder: Path) -> Findings:
 
 # In the order in which they run: what the others rest on first, what is slow last.
 STAGES = {
-    "build": Stage(150, lambda folder: _python("-m", "mlpdown", "build", "--json"), _build_findings),
+    "build": Stage(120, lambda folder: _python("-m", "mlpdown", "build", "--json"), _build_findings),
     "check": _json_stage(90, "check.json", "-m", "mlpdown", "check", key="check"),
     "accuracy": _json_stage(90, "accuracy.json", "-m", "mlpdown.receipt_accuracy", key="shapes"),
     "goldens": Stage(
@@ -199,5 +199,5 @@ STAGES = {
     ),
     "tests": _pytest_stage(150, "-n", str(MAX_TEST_PROCESSES), f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
     "hazard": _pytest_stage(90, HAZARD_TESTS),
-    "sanitizers": _pytest_stage(400, SANITIZER_TESTS),
+    "sanitizers": _pytest_stage(300, SANITIZER_TESTS),
 }

@@ -21,7 +21,7 @@ SOURCE = "harness.cu"
 INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4)]
 NUM_RING_CASES = 10
 RUN_LIMIT_SECONDS = 60
-RACECHECK_LIMIT_SECONDS = 300  # it follows every byte of shared memory, and every look at a barrier
+RACECHECK_LIMIT_SECONDS = 240  # it follows every byte of shared memory, and every look at a barrier
 MAX_HAZARDS_LISTED = 50
 FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
 # racecheck's report takes a line for an access, and one more for each access that it may clash with.
