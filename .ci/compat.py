@@ -29,7 +29,7 @@ LIGHT_DEPENDENCIES = (
     "jinja2",
     "fsspec",
     "setuptools",
-    "numpy>=2.0",
+    "numpy>=2.0,<2.5",
     "numba<0.69",
     "numba-cuda>=0.30.4,<0.31",
     "ninja",

@@ -26,7 +26,8 @@ SMALL_WEIGHT_BYTES = 20 * 2**20
 # Larger stages do not keep memory busier, and the last one takes longer to sum.
 MAX_STAGE_BYTES = 44 * 2**10
 # How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
-# for the others. Three only of CTAs that need nothing of each other; clusters of them were slower.
+# for the others. Three only of CTAs that need nothing of each other; clusters of them were slower. (Where short rows leave room for
+# stages of two, their kernel's registers allow two CTAs; that was still the faster.)
 PLACEMENTS = ((3, (1,)), (2, CLUSTER_SIZES), (1, CLUSTER_SIZES))
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from mlpdown import plan
+from mlpdown.bench.shapes import SHAPES
 from mlpdown.build import library, targets
+from mlpdown.plan import H200
 
-# Mnemonics of the disassembly. Each stands in every kernel.
+# Mnemonics of the disassembly, with or without modifiers. Each stands in every kernel.
 INSTRUCTIONS = {
     "ACQBULK": "waits for the kernels before (griddepcontrol.wait)",
     "PREEXIT": "leave for dependents to start (griddepcontrol.launch_dependents)",
@@ -31,8 +34,16 @@ CLUSTER_INSTRUCTIONS = {
     "UCGABAR_WAIT": "waits at the cluster barrier (barrier.cluster.wait)",
     "STAS": "asynchronous stores into another CTA's shared memory (st.async)",
 }
+# In a cluster of one, where none of these may be: the compiler makes waits for the whole CTA of a cluster's barrier.
+SINGLE_INSTRUCTIONS = {
+    "BAR.ARV": "the producer's arrival at the CTA's barrier, past which it goes on (barrier.cta.arrive)",
+    "BAR.SYNC": "waits at the CTA's barrier (barrier.cta.sync)",
+}
 # Local memory, tensor cores, atomics: none of these belongs here.
 FORBIDDEN = re.compile(r"^(LDL|STL|HMMA|RED|ATOM|ATOMG)\b")
+
+REGISTERS_PER_SM = 65536
+NUM_OTHER_WARPS = 2  # the producer and the epilogue, beside those that sum
 
 # (kernel, dtype, compile-time values): mlp_down<Float16, 4u, 2u>, as the Itanium C++ ABI spells it.
 Kernel = tuple[str, str, tuple[int, ...]]
@@ -81,6 +92,11 @@ def disassemble(path: Path, target: str) -> dict[Kernel, list[str]]:
     return kernels
 
 
+def is_a(instruction: str, mnemonic: str) -> bool:
+    """Whether an instruction is this one, with these modifiers or more."""
+    return f"{instruction}.".startswith(f"{mnemonic}.")
+
+
 @pytest.fixture(scope="module")
 def built() -> library.LibraryInfo:
     return library.build(targets.ALL_TARGETS, for_this_machine=False)
@@ -91,15 +107,18 @@ def test_every_kernel_holds_its_instructions(built: library.LibraryInfo, target:
     kernels = disassemble(built.path, target)
     assert set(kernels) == all_kernels()
     for (name, dtype, values), instructions in kernels.items():
-        mnemonics = {instruction.split(".")[0] for instruction in instructions}
         expected = dict(INSTRUCTIONS)
+        forbidden: dict[str, str] = {}
         if name == "mlp_down":
             expected |= RING_INSTRUCTIONS
             if values[0] > 1:
                 expected |= CLUSTER_INSTRUCTIONS
-        missing = [f"{mnemonic}: {what}" for mnemonic, what in expected.items() if mnemonic not in mnemonics]
+            else:
+                expected |= SINGLE_INSTRUCTIONS
+                forbidden = CLUSTER_INSTRUCTIONS
+        missing = [f"{mnemonic}: {what}" for mnemonic, what in expected.items() if not any(is_a(i, mnemonic) for i in instructions)]
         assert not missing, f"{name}{(dtype, *values)} for {target} has no {missing}"
-        unwanted = [instruction for instruction in instructions if FORBIDDEN.match(instruction)]
+        unwanted = [i for i in instructions if FORBIDDEN.match(i) or any(is_a(i, mnemonic) for mnemonic in forbidden)]
         assert not unwanted, f"{name}{(dtype, *values)} for {target} has {unwanted}"
 
 
@@ -123,12 +142,29 @@ def test_no_kernel_uses_local_memory(built: library.LibraryInfo, target: str) ->
             == 0
         ), kernel
         if "registers" not in kernel["kernel"]:
-            # 18 warps at most: 16 that sum, the producer and the epilogue. 65536 registers must do for them, and as many CTAs of 10 warps
-            # as the choice of a plan counts on; a warp gets its registers in steps of 8 a thread.
-            registers = -(-kernel["registers"] // 8) * 8
-            assert registers * (plan.MAX_CONSUMER_WARPS + 2) * 32 <= 65536, kernel
-            rows = int(kernel["kernel"].rstrip(">").split(",")[-1])
-            assert registers * (plan.NUM_SEGMENTS + 2) * 32 * (3 if rows == 1 else 2) <= 65536, kernel
+            # 18 warps at most: 16 that sum, the producer and the epilogue.
+            assert kernel["registers"] * (plan.MAX_CONSUMER_WARPS + NUM_OTHER_WARPS) * 32 <= REGISTERS_PER_SM, kernel
+
+
+@pytest.mark.parametrize("dtype", ["Float16", "BFloat16"])
+def test_as_many_ctas_share_an_sm_as_plans_count_on(built: library.LibraryInfo, dtype: str) -> None:
+    """Of the rings chosen for an H200, by shared memory and by registers, which a warp gets in units of 8 a thread."""
+    registers = {kernel["kernel"]: kernel["registers"] for kernel in built.manifest.kernels if kernel["target"] == "sm_90"}
+    sm_bytes = H200.shared_memory_per_block + plan.RESERVED_BYTES_PER_CTA
+    counted_on = set()
+    for shape, weight_prefetch in itertools.product(SHAPES, (False, True)):
+        chosen = plan.choose_plan(shape.hidden_dim, shape.intermediate_dim, H200, weight_prefetch=weight_prefetch)
+        if chosen.rows_in_registers:
+            continue
+        cta_bytes = plan.shared_memory_bytes(chosen, shape.intermediate_dim) + plan.RESERVED_BYTES_PER_CTA
+        num_ctas = max(
+            ctas for ctas, cluster_sizes in plan.PLACEMENTS if chosen.cluster_size in cluster_sizes and ctas * cta_bytes <= sm_bytes
+        )
+        num_threads = (chosen.num_consumer_warps + NUM_OTHER_WARPS) * 32
+        registers_per_thread = -(-registers[f"mlp_down<{dtype}, {chosen.cluster_size}, {chosen.rows_per_stage}>"] // 8) * 8
+        assert num_ctas * num_threads * registers_per_thread <= REGISTERS_PER_SM, (str(shape), chosen, num_ctas, registers_per_thread)
+        counted_on.add(num_ctas)
+    assert {ctas for ctas, _ in plan.PLACEMENTS[:2]} <= counted_on, "the shapes no longer show what this test is about"
 
 
 def test_library_carries_ptx_for_what_comes_next(built: library.LibraryInfo) -> None:

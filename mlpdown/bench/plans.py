@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from rich.table import Table
 
 from .. import native_backend
 from ..plan import (
-    BYTES_PER_ELEMENT,
-    CLUSTER_SIZES,
     MAX_STAGES,
     NUM_SEGMENTS,
+    PLACEMENTS,
     RESERVED_BYTES_PER_CTA,
     ROWS_IN_REGISTERS,
     ROWS_PER_STAGE,
@@ -34,37 +33,43 @@ from .timing import time_replays
 
 NUM_ROUNDS = 10
 NUM_SHOWN = 20
-IN_FLIGHT_KILOBYTES = (20, 40, 80)  # of each CTA
-NUM_GROUPS = (1, 2)
-CTAS_PER_SM = (1, 2, 3)
+# Not eight, so that a sweep ends within minutes.
+GRID_CLUSTER_SIZES = (1, 2, 4)
+KILOBYTES_IN_FLIGHT = (20, 40, 80)
+GROUPS = (1, 2)
 
 
-def grid(shape: Shape, device: Device) -> Iterator[Plan]:
-    """Plans that fit: of the ring every cluster size and number of rows, the stages for which there is room where one, two or three CTAs
-    share an SM, or two stages; some of them or all in flight; one or two groups of warps. And all of the kernel that lands weights in
-    registers."""
-    yield from (Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS)
-    seen = set()
-    for cluster_size, rows, num_groups in itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE, NUM_GROUPS):
-        stage_bytes = rows * BYTES_PER_ELEMENT * shape.intermediate_dim // cluster_size
-        for num_stages in {2, *(_most_stages(cluster_size, rows, shape, device, share) for share in CTAS_PER_SM)}:
-            num_stages -= num_stages % num_groups
-            for stages_in_flight in {num_stages, *(max(1, 1024 * size // stage_bytes) for size in IN_FLIGHT_KILOBYTES)}:
-                plan = Plan(cluster_size, rows, num_stages, stages_in_flight, num_groups * NUM_SEGMENTS // cluster_size)
-                if plan not in seen and _fits(plan, shape, device):
-                    seen.add(plan)
-                    yield plan
+def grid(shape: Shape, device: Device) -> list[Plan]:
+    """Plans that fit: all of the kernel that lands weights in registers; and of the ring every number of rows in clusters of one, two and
+    four, with one and two groups of warps, from as many stages as fit down to two, of which one, 20, 40, 80 KB a CTA, or all are in
+    flight."""
+    plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
+    for cluster_size, rows, num_groups in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS):
+        ring = Plan(cluster_size, rows, 2, 1, NUM_SEGMENTS // cluster_size * num_groups)
+        stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
+        for num_stages in _stage_counts(ring, num_groups, shape, device):
+            wanted = {1, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
+            plans += (
+                dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
+                for stages_in_flight in sorted(wanted)
+                if 1 <= stages_in_flight <= num_stages
+            )
+    return [plan for plan in plans if _fits(plan, shape, device)]
 
 
-def _most_stages(cluster_size: int, rows: int, shape: Shape, device: Device, ctas_per_sm: int) -> int:
-    """How many stages fit where so many CTAs share an SM."""
-
-    def fits(num_stages: int) -> bool:
-        plan = Plan(cluster_size, rows, num_stages, 1, NUM_SEGMENTS // cluster_size)
-        needed = shared_memory_bytes(plan, shape.intermediate_dim) + RESERVED_BYTES_PER_CTA
-        return needed * ctas_per_sm <= device.shared_memory_per_block + RESERVED_BYTES_PER_CTA
-
-    return next((num_stages for num_stages in range(MAX_STAGES, 0, -1) if fits(num_stages)), 0)
+def _stage_counts(ring: Plan, num_groups: int, shape: Shape, device: Device) -> list[int]:
+    """As many stages as fit with each number of CTAs on an SM that :data:`~mlpdown.plan.PLACEMENTS` has, half of the most, and two. The
+    groups must be able to share them out."""
+    counts = {2}
+    for num_ctas, _ in PLACEMENTS:
+        limit = (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // num_ctas - RESERVED_BYTES_PER_CTA
+        for num_stages in range(MAX_STAGES, 2, -1):
+            needed = shared_memory_bytes(dataclasses.replace(ring, num_stages=num_stages), shape.intermediate_dim)
+            if needed <= limit and num_stages % num_groups == 0:
+                counts.add(num_stages)
+                break
+    half = max(counts) // 2
+    return sorted(counts | ({half} if half > 2 and half % num_groups == 0 else set()), reverse=True)
 
 
 def sweep(
@@ -81,7 +86,7 @@ def sweep(
     expected = chain.run(native_layer(native_plans(shape, device)["native_chained"]))
     Oracle(chain).check_bits("the default plan", expected)
     rows: list[dict[str, Any]] = []
-    plans = list(grid(shape, properties))
+    plans = grid(shape, properties)
     for position, plan in enumerate(plans):
         progress(f"plan {position + 1} of {len(plans)}")
         row: dict[str, Any] = {"plan": dataclasses.asdict(plan)}

@@ -22,7 +22,6 @@ INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4)
 NUM_RING_CASES = 10
 RUN_LIMIT_SECONDS = 60
 RACECHECK_LIMIT_SECONDS = 240  # it follows every byte of shared memory, and every look at a barrier
-MAX_HAZARDS_LISTED = 50
 FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
 # racecheck's report takes a line for an access, and one more for each access that it may clash with.
 RACE = re.compile(r"\w+: Race reported between (?P<access>.*)")
@@ -106,10 +105,10 @@ def parse_output(tool: str, output: str) -> Verdict:
     for line in lines:
         summary = re.match(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", line)
         if summary is not None:
-            return Verdict(int(summary[1]), int(summary[2]), findings[:MAX_HAZARDS_LISTED], output)
+            return Verdict(int(summary[1]), int(summary[2]), findings, output)
         summary = re.match(r"ERROR SUMMARY: (\d+) errors?", line)
         if summary is not None:
-            return Verdict(int(summary[1]), 0, findings[:MAX_HAZARDS_LISTED], output)
+            return Verdict(int(summary[1]), 0, findings, output)
     raise ValueError(f"{tool} gave no summary: {output[-1000:]}")
 
 
