@@ -25,6 +25,8 @@ MAX_CONSUMER_WARPS = 16
 SMALL_WEIGHT_BYTES = 20 * 2**20
 # Larger stages do not keep memory busier, and the last one takes longer to sum.
 MAX_STAGE_BYTES = 44 * 2**10
+# Under way for each CTA at the least: one stage, for the rows of all models measured; for shorter ones several.
+MIN_BYTES_IN_FLIGHT = 16 * 2**10
 # How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
 # for the others. Three only of CTAs that need nothing of each other; clusters of them were slower. (Where short rows leave room for
 # stages of two, their kernel's registers allow two CTAs; that was still the faster.)
@@ -150,8 +152,8 @@ def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weigh
     """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
 
     A small weight is over before a ring is set up: registers. For the others the ring, with as many CTAs on an SM and in as small a
-    cluster as leaves each two stages or more; stages of as many rows as keep them small. With weight_prefetch, which fills the rings while
-    earlier kernels end, longer ones in clusters of two where these hold half of the weight.
+    cluster as leaves each two stages (more where rows are short); stages of as many rows as keep them small. With weight_prefetch, which
+    fills the rings while earlier kernels end, longer ones in clusters of two where these hold half of the weight.
     """
     row_bytes = intermediate_dim * BYTES_PER_ELEMENT
     if hidden_dim * row_bytes <= SMALL_WEIGHT_BYTES:
@@ -177,10 +179,13 @@ def _share(device: Device, ctas_per_sm: int) -> int:
 def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool, max_stages: int) -> Plan | None:
     """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
     for rows in reversed(ROWS_PER_STAGE):
-        if rows > 1 and rows * _slice_bytes(cluster_size, intermediate_dim) > MAX_STAGE_BYTES:
+        stage_bytes = rows * _slice_bytes(cluster_size, intermediate_dim)
+        if rows > 1 and stage_bytes > MAX_STAGE_BYTES:
             continue
-        for num_stages in range(max_stages, 1, -1):
-            plan = Plan(cluster_size, rows, num_stages, 1, NUM_SEGMENTS // cluster_size, weight_prefetch)
+        in_flight = min(MAX_STAGES // 2, -(-MIN_BYTES_IN_FLIGHT // stage_bytes))
+        for num_stages in range(max(max_stages, 2 * in_flight), 1, -1):
+            stages_in_flight = min(in_flight, num_stages)
+            plan = Plan(cluster_size, rows, num_stages, stages_in_flight, NUM_SEGMENTS // cluster_size, weight_prefetch)
             if shared_memory_bytes(plan, intermediate_dim) <= limit:
                 return plan
     return None

@@ -120,6 +120,17 @@ def test_chosen_plans_share_an_sm(shape: bench.Shape, weight_prefetch: bool) -> 
     assert 2 * (plan.shared_memory_bytes(chosen, shape.intermediate_dim) + reserved) <= available
 
 
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(16384, 1024), (65536, 256), (8192, 2048), (2560, 10240)])
+def test_short_rows_keep_as_much_under_way(hidden_dim: int, intermediate_dim: int, weight_prefetch: bool) -> None:
+    """As many stages as it takes, unless the ring has no more; and as many again to be summed meanwhile."""
+    chosen = choose_plan(hidden_dim, intermediate_dim, H200, weight_prefetch=weight_prefetch)
+    stage_bytes = chosen.rows_per_stage * 2 * intermediate_dim // chosen.cluster_size
+    most = plan.MAX_STAGES // 2
+    assert chosen.stages_in_flight * stage_bytes >= plan.MIN_BYTES_IN_FLIGHT or chosen.stages_in_flight == most
+    assert chosen.num_stages >= 2 * chosen.stages_in_flight
+
+
 def test_three_ctas_share_an_sm_at_the_size_of_pythia_2b8() -> None:
     needed = plan.shared_memory_bytes(choose_plan(2560, 10240, H200), 10240) + plan.RESERVED_BYTES_PER_CTA
     assert 3 * needed <= H200.shared_memory_per_block + plan.RESERVED_BYTES_PER_CTA

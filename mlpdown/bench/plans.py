@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import native_backend
 from ..plan import (
     MAX_STAGES,
+    MIN_BYTES_IN_FLIGHT,
     NUM_SEGMENTS,
     PLACEMENTS,
     RESERVED_BYTES_PER_CTA,
@@ -48,7 +49,8 @@ def grid(shape: Shape, device: Device) -> list[Plan]:
         ring = Plan(cluster_size, rows, 2, 1, NUM_SEGMENTS // cluster_size * num_groups)
         stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
         for num_stages in _stage_counts(ring, num_groups, shape, device):
-            wanted = {1, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
+            fewest = -(-MIN_BYTES_IN_FLIGHT // stage_bytes)
+            wanted = {1, fewest, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
             plans += (
                 dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
                 for stages_in_flight in sorted(wanted)
