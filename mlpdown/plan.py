@@ -21,15 +21,15 @@ ROWS_IN_REGISTERS = (1, 2, 4)
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 
-# Registers win at 18.9 MB (1536 x 6144), and lose at 23.1 MB (2048 x 5632).
+# Alone, registers win at 18.9 MB (1536 x 6144), and lose at 23.1 MB (2048 x 5632); native/NOTES.md says what is open.
 SMALL_WEIGHT_BYTES = 20 * 2**20
 # Larger stages do not keep memory busier, and the last one takes longer to sum.
 MAX_STAGE_BYTES = 44 * 2**10
-# Under way for each CTA at the least: one stage, for the rows of all models measured; for shorter ones several.
+# Under way for each CTA at the least: one stage, for the rows of all models measured; for shorter ones, which were not timed, several.
 MIN_BYTES_IN_FLIGHT = 16 * 2**10
 # How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
 # for the others. Three only of CTAs that need nothing of each other; clusters of them were slower. (Where short rows leave room for
-# stages of two, their kernel's registers allow two CTAs; that was still the faster.)
+# stages of two or four, those kernels' registers allow two CTAs; at 2048 x 5632, the one such shape timed, that was the faster.)
 PLACEMENTS = ((3, (1,)), (2, CLUSTER_SIZES), (1, CLUSTER_SIZES))
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10
@@ -160,8 +160,10 @@ def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weigh
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
     if weight_prefetch:
         ring = _ring(2, intermediate_dim, _share(device, 2), weight_prefetch, MAX_STAGES)
-        if ring is not None and 2 * device.num_sms * 2 * _ring_bytes(ring, intermediate_dim) >= hidden_dim * row_bytes:
-            return ring
+        if ring is not None:
+            held = 2 * device.num_sms * _ring_bytes(ring, intermediate_dim)  # two CTAs an SM
+            if 2 * held >= hidden_dim * row_bytes:
+                return ring
     for ctas_per_sm, cluster_sizes in PLACEMENTS:
         for cluster_size in cluster_sizes:
             ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), weight_prefetch, 2)

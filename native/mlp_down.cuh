@@ -86,7 +86,7 @@ MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity
   }
 }
 
-// The barriers of this thread's CTA are initialised. Whole warps at a time; each warp once, by one of the two.
+// What this warp had to initialise is. Whole warps at a time; each warp once, by one of the two.
 template <uint32_t kClusterSize>
 MLPDOWN_DEVICE void barriers_arrive(uint32_t num_threads) {
   if constexpr (kClusterSize == 1) {
@@ -96,7 +96,7 @@ MLPDOWN_DEVICE void barriers_arrive(uint32_t num_threads) {
   }
 }
 
-// The same, and waits until those of all CTAs of the cluster are.
+// The same, and waits until all warps of the cluster have come to one of the two.
 template <uint32_t kClusterSize>
 MLPDOWN_DEVICE void barriers_arrive_and_wait(uint32_t num_threads) {
   if constexpr (kClusterSize == 1) {
@@ -271,7 +271,7 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
       // Segment sums meet at the owner of the row.
       const uint32_t row = lane / (kNumLanes / kRows);
       const bool hands_on = lane % (kNumLanes / kRows) == 0 && row < tile_rows;
-      // Every lane that stores or arrives, rows or no rows, and no other: the slot's next phase waits for these, others could miss it.
+      // Every lane that stores or arrives, and no other: the slot's next phase waits for these, others could miss it.
       if (hands_on || (kClusterSize == 1 && lane == 0)) {
         if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
       }

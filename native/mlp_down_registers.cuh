@@ -2,7 +2,7 @@
 //
 // One CTA of 8 warps takes kRows rows, and one warp one segment of the reduction axis. There is no ring to fill and nothing to set up: a
 // launch that cannot overlap with the one before gets to its first load sooner, and the CTAs that share an SM hide each other's latency.
-// Under dependent launch with weight prefetch the ring holds more bytes ahead of the wait, and wins.
+// Under dependent launch with weight prefetch the ring holds more bytes ahead of the wait, and wins for large weights.
 //
 // The specification, reference/kernel.py, has the same sections in the same order, but for the loads.
 #pragma once

@@ -43,12 +43,6 @@ MLPDOWN_DEVICE uint32_t cluster_idx() {
   return idx;
 }
 
-MLPDOWN_DEVICE uint32_t num_clusters() {
-  uint32_t num;
-  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(num));
-  return num;
-}
-
 MLPDOWN_DEVICE uint32_t cta_idx() { return blockIdx.x; }
 
 // ---- Warp ----------------------------------------------------------------------------------------------------------------------
