@@ -23,6 +23,8 @@ PLAN_MEMBERS = (
     "num_stages",
     "stages_in_flight",
     "num_consumer_warps",
+    "activation_in_registers",
+    "stagger_rows",
     "weight_prefetch",
     "dependent_launch",
 )

@@ -1,8 +1,7 @@
 """The plan: everything that decides how fast the native kernel runs, and nothing that decides what it computes.
 
 There are two kernels, of one arithmetic: the ring (``native/mlp_down.cuh``) and registers (``native/mlp_down_registers.cuh``). The values
-that they need at compile time are listed once, in :data:`CLUSTER_SIZES`, :data:`ROWS_PER_STAGE` and :data:`ROWS_IN_REGISTERS`; the build
-instantiates every pair of the first two, and each of the third.
+that they need at compile time are listed once: :func:`instantiations` of the ring, and :data:`ROWS_IN_REGISTERS`.
 """
 
 from __future__ import annotations
@@ -12,25 +11,33 @@ import functools
 import itertools
 
 NUM_SEGMENTS = 8  # of the canonical order: a cluster can split them, not cut them
+NUM_LANES = 32
 VECTOR_SIZE = 8
 BYTES_PER_ELEMENT = 2
 
 CLUSTER_SIZES = (1, 2, 4, 8)
 ROWS_PER_STAGE = (1, 2, 4)
 ROWS_IN_REGISTERS = (1, 2, 4)
+# A ring whose lanes keep their activations in registers: up to so many vectors a lane, 8 float32 each, which leaves room for two CTAs an
+# SM. The longest rows that this holds for are of 16384.
+MAX_VECTORS_IN_REGISTERS = 8
+ROWS_BESIDE_ACTIVATION = (1, 2)
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
+MAX_STAGGER_ROWS = 63
 
-# Alone, registers win at 18.9 MB (1536 x 6144), and lose at 23.1 MB (2048 x 5632); native/NOTES.md says what is open.
-SMALL_WEIGHT_BYTES = 20 * 2**20
-# Larger stages do not keep memory busier, and the last one takes longer to sum.
+# Smaller weights are over before a ring is set up. Prefetching, a ring wins sooner: it is set up while the kernel before is still running.
+SMALL_WEIGHT_BYTES = 16 * 2**20
+SMALL_PREFETCHED_BYTES = 8 * 2**20
+# How many CTAs share an SM, the better first: while one starts, ends or sums, memory works for the other.
+CTAS_PER_SM = (2, 1)
+# Under way for each CTA: with two CTAs an SM enough to keep memory busy. More only makes all that is asked for later.
+BYTES_IN_FLIGHT = 32 * 2**10
+# The largest stage of more than one row. Beside an activation in registers, larger ones were slower, and a second row costs registers.
 MAX_STAGE_BYTES = 44 * 2**10
-# Under way for each CTA at the least: one stage, for the rows of all models measured; for shorter ones, which were not timed, several.
-MIN_BYTES_IN_FLIGHT = 16 * 2**10
-# How many CTAs share an SM, and the cluster sizes to look at for each, the better first: while one CTA starts, ends or sums, memory works
-# for the others. Three only of CTAs that need nothing of each other; clusters of them were slower. (Where short rows leave room for
-# stages of two or four, those kernels' registers allow two CTAs; at 2048 x 5632, the one such shape timed, that was the faster.)
-PLACEMENTS = ((3, (1,)), (2, CLUSTER_SIZES), (1, CLUSTER_SIZES))
+MAX_STAGE_BYTES_BESIDE_ACTIVATION = 24 * 2**10
+# With weight prefetch and up to so many rows a CTA, the CTAs that start first take a row less: then the two of an SM do not end together.
+MAX_ROWS_TO_STAGGER = 12
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10
 
@@ -39,9 +46,20 @@ _BARRIER_BYTES = 8
 _NUM_PARTIAL_SLOTS = 16
 
 
-def instantiations() -> list[tuple[int, int]]:
-    """``(cluster_size, rows_per_stage)`` of every ring kernel that the build compiles, for each dtype."""
-    return list(itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE))
+def instantiations() -> list[tuple[int, int, int]]:
+    """``(cluster_size, rows_per_stage, vectors)`` of every ring kernel that the build compiles, for each dtype.
+
+    ``vectors`` of the activation a lane keeps in registers; 0 if the activation is in shared memory.
+    """
+    return [
+        *itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE, (0,)),
+        *itertools.product((1,), ROWS_BESIDE_ACTIVATION, range(1, MAX_VECTORS_IN_REGISTERS + 1)),
+    ]
+
+
+def vectors_per_lane(intermediate_dim: int) -> int:
+    """The most vectors that a lane has of a segment."""
+    return -(-_segment_vectors(intermediate_dim) // NUM_LANES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +97,11 @@ class Plan:
     num_consumer_warps: int
     """Warps that sum, beside the producer and the epilogue warp, at most 16: ``8 / cluster_size`` for each group. The number of groups
     must divide ``num_stages``."""
+    activation_in_registers: bool = False
+    """Each lane keeps its part of the activation in registers, as float32, instead of reading it from shared memory for every row: for
+    clusters of one, 1 or 2 rows a stage and an ``intermediate_dim`` of up to 16384."""
+    stagger_rows: int = 0
+    """Rows, up to 63, that each cluster of the first half of the grid takes fewer than an even share, and each of the second half more."""
     weight_prefetch: bool = False
     """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
     dependent_launch: bool = True
@@ -90,7 +113,22 @@ class Plan:
     @classmethod
     def in_registers(cls, rows: int, *, weight_prefetch: bool = False, dependent_launch: bool = True) -> Plan:
         """A plan for the kernel that lands ``rows`` (1, 2 or 4) rows a CTA in registers."""
-        return cls(1, 1, 1, 1, NUM_SEGMENTS, weight_prefetch, dependent_launch, rows)
+        return cls(
+            1,
+            1,
+            1,
+            1,
+            NUM_SEGMENTS,
+            weight_prefetch=weight_prefetch,
+            dependent_launch=dependent_launch,
+            rows_in_registers=rows,
+        )
+
+
+def instantiation(plan: Plan, intermediate_dim: int) -> tuple[int, int, int]:
+    """The ring kernel of a plan: of :func:`instantiations`, if the plan is possible."""
+    vectors = vectors_per_lane(intermediate_dim) if plan.activation_in_registers else 0
+    return plan.cluster_size, plan.rows_per_stage, vectors
 
 
 def shared_memory_bytes(plan: Plan, intermediate_dim: int) -> int:
@@ -102,7 +140,7 @@ def shared_memory_bytes(plan: Plan, intermediate_dim: int) -> int:
     num_barriers = 2 * MAX_STAGES + 2 * _NUM_PARTIAL_SLOTS + 1
     partials = _align(num_barriers * _BARRIER_BYTES, 16)
     activation = _align(partials + _NUM_PARTIAL_SLOTS * owned_rows_per_slot * NUM_SEGMENTS * 4, 128)
-    ring = _align(activation + slice_bytes, 128)
+    ring = _align(activation + (0 if plan.activation_in_registers else slice_bytes), 128)
     return ring + plan.num_stages * plan.rows_per_stage * slice_bytes
 
 
@@ -114,9 +152,10 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
         "num_stages": range(1, MAX_STAGES + 1),
         "stages_in_flight": range(1, MAX_STAGES + 1),
         "num_consumer_warps": range(1, MAX_CONSUMER_WARPS + 1),
+        "stagger_rows": range(MAX_STAGGER_ROWS + 1),
         "rows_in_registers": (0, *ROWS_IN_REGISTERS),
     }
-    for name in ("weight_prefetch", "dependent_launch"):
+    for name in ("activation_in_registers", "weight_prefetch", "dependent_launch"):
         if type(getattr(plan, name)) is not bool:
             raise ValueError(f"plan.{name} must be True or False, got {getattr(plan, name)!r}")
     for name, values in allowed.items():
@@ -130,6 +169,12 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
             raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
     if plan.rows_in_registers:
         return
+    if instantiation(plan, intermediate_dim) not in instantiations():
+        raise ValueError(
+            f"plan.activation_in_registers goes with cluster_size 1, rows_per_stage 1 or 2 and an intermediate_dim of at most "
+            f"{MAX_VECTORS_IN_REGISTERS * NUM_LANES * VECTOR_SIZE * NUM_SEGMENTS}, got cluster_size {plan.cluster_size}, rows_per_stage "
+            f"{plan.rows_per_stage} and intermediate_dim {intermediate_dim}"
+        )
     if plan.stages_in_flight > plan.num_stages:
         raise ValueError(f"plan.stages_in_flight must be at most num_stages {plan.num_stages}, got {plan.stages_in_flight}")
     warps_per_group = NUM_SEGMENTS // plan.cluster_size
@@ -152,23 +197,19 @@ def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weigh
     """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
 
     A small weight is over before a ring is set up: registers. For the others the ring, with as many CTAs on an SM and in as small a
-    cluster as leaves each two stages (more where rows are short); stages of as many rows as keep them small. With weight_prefetch, which
-    fills the rings while earlier kernels end, longer ones in clusters of two where these hold half of the weight.
+    cluster as leaves each two stages (more where rows are short), and the activation in registers as far as these reach.
     """
-    row_bytes = intermediate_dim * BYTES_PER_ELEMENT
-    if hidden_dim * row_bytes <= SMALL_WEIGHT_BYTES:
+    weight_bytes = hidden_dim * intermediate_dim * BYTES_PER_ELEMENT
+    if weight_bytes < (SMALL_PREFETCHED_BYTES if weight_prefetch else SMALL_WEIGHT_BYTES):
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
-    if weight_prefetch:
-        ring = _ring(2, intermediate_dim, _share(device, 2), weight_prefetch, MAX_STAGES)
-        if ring is not None:
-            held = 2 * device.num_sms * _ring_bytes(ring, intermediate_dim)  # two CTAs an SM
-            if 2 * held >= hidden_dim * row_bytes:
-                return ring
-    for ctas_per_sm, cluster_sizes in PLACEMENTS:
-        for cluster_size in cluster_sizes:
-            ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), weight_prefetch, 2)
-            if ring is not None:
-                return ring
+    for ctas_per_sm, cluster_size in itertools.product(CTAS_PER_SM, CLUSTER_SIZES):
+        ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm))
+        if ring is None:
+            continue
+        # Of two CTAs an SM, and with rings long enough to run ahead of the other half.
+        may_stagger = weight_prefetch and ctas_per_sm == 2 and ring.rows_per_stage == 1 and ring.num_stages > 2 * ring.stages_in_flight
+        few_rows = hidden_dim <= MAX_ROWS_TO_STAGGER * 2 * device.num_sms
+        return dataclasses.replace(ring, stagger_rows=int(may_stagger and few_rows), weight_prefetch=weight_prefetch)
     # Two stages of a single row do not fit: registers, which need no shared memory for weights.
     return Plan.in_registers(1, weight_prefetch=weight_prefetch)
 
@@ -178,28 +219,30 @@ def _share(device: Device, ctas_per_sm: int) -> int:
     return (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // ctas_per_sm - RESERVED_BYTES_PER_CTA
 
 
-def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool, max_stages: int) -> Plan | None:
+def _ring(cluster_size: int, intermediate_dim: int, limit: int) -> Plan | None:
     """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
-    for rows in reversed(ROWS_PER_STAGE):
+    in_registers = cluster_size == 1 and vectors_per_lane(intermediate_dim) <= MAX_VECTORS_IN_REGISTERS
+    max_stage_bytes = MAX_STAGE_BYTES_BESIDE_ACTIVATION if in_registers else MAX_STAGE_BYTES
+    for rows in reversed(ROWS_BESIDE_ACTIVATION if in_registers else ROWS_PER_STAGE):
         stage_bytes = rows * _slice_bytes(cluster_size, intermediate_dim)
-        if rows > 1 and stage_bytes > MAX_STAGE_BYTES:
+        if rows > 1 and stage_bytes > max_stage_bytes:
             continue
-        in_flight = min(MAX_STAGES // 2, -(-MIN_BYTES_IN_FLIGHT // stage_bytes))
-        for num_stages in range(max(max_stages, 2 * in_flight), 1, -1):
-            stages_in_flight = min(in_flight, num_stages)
-            plan = Plan(cluster_size, rows, num_stages, stages_in_flight, NUM_SEGMENTS // cluster_size, weight_prefetch)
+        for num_stages in range(MAX_STAGES, 1, -1):
+            # What is not in flight is being summed: one stage at the least, and half of the longest ring.
+            stages_in_flight = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1, MAX_STAGES // 2)
+            plan = Plan(cluster_size, rows, num_stages, stages_in_flight, NUM_SEGMENTS // cluster_size, in_registers)
             if shared_memory_bytes(plan, intermediate_dim) <= limit:
                 return plan
     return None
 
 
-def _ring_bytes(plan: Plan, intermediate_dim: int) -> int:
-    return plan.num_stages * plan.rows_per_stage * _slice_bytes(plan.cluster_size, intermediate_dim)
+def _segment_vectors(intermediate_dim: int) -> int:
+    return -(-(intermediate_dim // VECTOR_SIZE) // NUM_SEGMENTS)
 
 
 def _slice_bytes(cluster_size: int, intermediate_dim: int) -> int:
     num_vectors = intermediate_dim // VECTOR_SIZE
-    slice_vectors = -(-num_vectors // NUM_SEGMENTS) * (NUM_SEGMENTS // cluster_size)
+    slice_vectors = _segment_vectors(intermediate_dim) * (NUM_SEGMENTS // cluster_size)
     return min(slice_vectors, num_vectors) * VECTOR_SIZE * BYTES_PER_ELEMENT
 
 

@@ -5,6 +5,7 @@
 #include <instantiations.h>
 #include <mlp_down.cuh>
 #include <mlp_down_registers.cuh>
+#include <shares.h>
 
 #include <cstdio>
 #include <map>
@@ -53,7 +54,7 @@ struct Launch {
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
-    if (shape.is_persistent) {
+    if (shape.cluster_size > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[config.numAttrs++].val.clusterDim = {shape.cluster_size, 1, 1};
     }
@@ -74,11 +75,12 @@ struct RingKernel {
 };
 
 RingKernel find_ring_kernel(const MlpDownProblem& problem, const MlpDownPlan& plan) {
-#define MLPDOWN_CASE(cluster_size_, rows_)                                                                             \
-  if (plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_) {                                            \
-    return {problem.is_bfloat16 ? reinterpret_cast<Kernel>(&mlp_down<BFloat16, cluster_size_, rows_>)                  \
-                                : reinterpret_cast<Kernel>(&mlp_down<Float16, cluster_size_, rows_>),                  \
-            SharedLayout<cluster_size_, rows_>(problem.intermediate_dim).total_bytes(plan.num_stages)};                \
+  const unsigned int vectors = plan.activation_in_registers ? vectors_per_lane(problem.intermediate_dim) : 0;
+#define MLPDOWN_CASE(cluster_size_, rows_, vectors_)                                                                   \
+  if (plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_ && vectors == vectors_) {                     \
+    return {problem.is_bfloat16 ? reinterpret_cast<Kernel>(&mlp_down<BFloat16, cluster_size_, rows_, vectors_>)        \
+                                : reinterpret_cast<Kernel>(&mlp_down<Float16, cluster_size_, rows_, vectors_>),        \
+            SharedLayout<cluster_size_, rows_>(problem.intermediate_dim, vectors_ > 0).total_bytes(plan.num_stages)};  \
   }
   MLPDOWN_FOR_EACH_INSTANTIATION(MLPDOWN_CASE)
 #undef MLPDOWN_CASE
@@ -100,7 +102,9 @@ int shape_ring(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* sh
     return fail(error, error_size, "plan", "num_stages must be in 1..16, stages_in_flight in 1..num_stages, num_consumer_warps in 1..16");
   }
   const RingKernel ring = find_ring_kernel(problem, plan);
-  if (ring.kernel == nullptr) return fail(error, error_size, "plan", "this cluster_size and rows_per_stage were not compiled in");
+  if (ring.kernel == nullptr) {
+    return fail(error, error_size, "plan", "cluster_size, rows_per_stage, activation_in_registers: not compiled in for this intermediate_dim");
+  }
   // A warp for each segment, and each group of warps meets its own stages and slots only.
   const unsigned int segments_per_cta = kNumSegments / plan.cluster_size;
   const unsigned int num_groups = plan.num_consumer_warps / segments_per_cta;
@@ -159,11 +163,16 @@ int prepare(const Shape& shape, unsigned int* max_active_clusters, char* error, 
   int num_clusters = 0;
   if (shape.is_persistent) {
     MLPDOWN_CHECK(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit));
+  }
+  if (shape.cluster_size > 1) {
     const Launch launch(shape, 1, false, nullptr);
     MLPDOWN_CHECK(cudaOccupancyMaxActiveClusters(&num_clusters, shape.kernel, &launch.config));
   } else {
+    int num_sms = 0;
+    MLPDOWN_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
     MLPDOWN_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&num_clusters, shape.kernel, static_cast<int>(shape.threads_per_cta),
                                                                 shape.shared_memory_bytes));
+    num_clusters *= num_sms;
   }
   if (num_clusters < 1) return fail(error, error_size, "plan", "not one cluster of this plan fits on the device");
   *max_active_clusters = static_cast<unsigned int>(num_clusters);
@@ -191,7 +200,7 @@ int mlpdown_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, void*
   unsigned int max_active_clusters = 0;
   if (configure(*problem, *plan, &shape, &max_active_clusters, error, error_size) != 0) return 1;
   const Launch launch(shape, shape.num_clusters, plan->dependent_launch != 0, stream);
-  MlpDownShares shares = {problem->hidden_dim / shape.num_clusters, problem->hidden_dim % shape.num_clusters};
+  MlpDownShares shares = share_out(problem->hidden_dim, shape.num_clusters, plan->stagger_rows);
   // The registers kernel has no third parameter, and takes none.
   void* arguments[] = {const_cast<MlpDownProblem*>(problem), const_cast<MlpDownPlan*>(plan), &shares};
   MLPDOWN_CHECK(cudaLaunchKernelExC(&launch.config, shape.kernel, arguments));
@@ -213,13 +222,8 @@ int mlpdown_resources(const MlpDownProblem* problem, const MlpDownPlan* plan, Ml
   return 0;
 }
 
-unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
-                                         unsigned int num_stages) {
+unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, const MlpDownPlan* plan) {
   MlpDownProblem problem = {};
   problem.intermediate_dim = intermediate_dim;
-  MlpDownPlan plan = {};
-  plan.cluster_size = cluster_size;
-  plan.rows_per_stage = rows_per_stage;
-  plan.num_stages = num_stages;
-  return find_ring_kernel(problem, plan).shared_memory_bytes;
+  return find_ring_kernel(problem, *plan).shared_memory_bytes;
 }

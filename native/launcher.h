@@ -25,9 +25,8 @@ struct MlpDownResources {
 MLPDOWN_EXPORT int mlpdown_resources(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, struct MlpDownResources* resources, char* error,
                       size_t error_size);
 
-// Shared memory of one CTA of the ring kernel in bytes; 0 if it was not compiled in for these sizes. Needs no device.
-MLPDOWN_EXPORT unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, unsigned int cluster_size, unsigned int rows_per_stage,
-                                         unsigned int num_stages);
+// Shared memory of one CTA of the plan's ring in bytes; 0 if it was not compiled in for this size. Needs no device.
+MLPDOWN_EXPORT unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, const struct MlpDownPlan* plan);
 
 #ifdef __cplusplus
 }

@@ -10,14 +10,17 @@
 //
 //   warp 0        producer   fills the ring: weight slices, one stage a tile, stages_in_flight of them under way at a time
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
-//   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ... The first
-//                            warp brings in the activation slice, once
+//   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ...
+//
+// The activation is the same for all rows. Lanes keep their own kVectors of it in registers, converted once, where they have room for it: that
+// halves both what is read from shared memory and what is converted, and leaves the room to the ring. With kVectors 0, the first consumer
+// warp brings the slice into shared memory.
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
 //                                                                -> producer: one stage fewer is in flight
 //   empty_barriers[stage]     a consumer warp for every segment   -> producer: the stage may be overwritten
-//   activation_barrier        first consumer, 1 + slice's bytes   -> consumers
+//   activation_barrier        first consumer, 1 + slice's bytes   -> consumers (kVectors 0 only)
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
 //                             (a cluster of one: a consumer warp for every segment)
 //   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
@@ -76,6 +79,50 @@ MLPDOWN_DEVICE void accumulate_batch(ptx::SharedAddress smem_activation, const p
   }
 }
 
+// Whether a lane has an i-th vector of its segment of num_vectors: the lane's are every 32nd. Segments of a row differ by less than 8 vectors
+// in length, so only the last two of kVectors can be missing, and only there is a comparison left.
+template <uint32_t kVectors>
+MLPDOWN_DEVICE bool has_vector(uint32_t i, uint32_t lane, uint32_t num_vectors) {
+  return i + 2 < kVectors || i * kNumLanes + lane < num_vectors;
+}
+
+// Step 3, once for all rows: a lane's activations of its segment, `source` being at its first vector. What is missing is -0: its product
+// with a weight of 0 can be added to any sum, -0 too, and changes none. That costs less than lanes that part.
+template <class DType, uint32_t kVectors>
+MLPDOWN_DEVICE void load_activations(const uint16_t* source, uint32_t lane, uint32_t num_vectors, float (&activations)[kVectors][kVectorSize]) {
+  constexpr uint32_t kTwoNegativeZeros = 0x80008000u;
+  ptx::Vector vectors[kVectors];
+#pragma unroll
+  for (uint32_t i = 0; i < kVectors; ++i) {
+    vectors[i] = {{kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros}};
+    if (has_vector<kVectors>(i, lane, num_vectors)) vectors[i] = ptx::ld_global_vector(source + i * kNumLanes * kVectorSize);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kVectors; ++i) unpack<DType>(vectors[i], activations[i]);
+}
+
+// Step 4 for a lane's whole segment of kRows rows, each at its first vector in weight_rows, with activations of load_activations.
+template <class DType, uint32_t kRows, uint32_t kVectors>
+MLPDOWN_DEVICE void accumulate_segment(const float (&activations)[kVectors][kVectorSize], const ptx::SharedAddress (&weight_rows)[kRows],
+                                       uint32_t lane, uint32_t num_vectors, float (&accumulators)[kRows][kVectorSize]) {
+  constexpr uint32_t kBatch = kRows == 1 ? 5 : 3;  // of each row: as many as the registers hold
+#pragma unroll
+  for (uint32_t first = 0; first < kVectors; first += kBatch) {
+    ptx::Vector weights[kRows][kBatch] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch && first + i < kVectors; ++i) {
+      if (!has_vector<kVectors>(first + i, lane, num_vectors)) continue;
+#pragma unroll
+      for (uint32_t row = 0; row < kRows; ++row) weights[row][i] = ptx::ld_shared(weight_rows[row] + (first + i) * kNumLanes * kVectorBytes);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch && first + i < kVectors; ++i) {
+#pragma unroll
+      for (uint32_t row = 0; row < kRows; ++row) accumulate<DType>(weights[row][i], activations[first + i], accumulators[row]);
+    }
+  }
+}
+
 // Waits for a barrier at which CTAs of the cluster arrive or store: if there are others, it acquires from all of the cluster.
 template <uint32_t kClusterSize>
 MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity) {
@@ -107,7 +154,7 @@ MLPDOWN_DEVICE void barriers_arrive_and_wait(uint32_t num_threads) {
   }
 }
 
-template <class DType, uint32_t kClusterSize, uint32_t kRows>
+template <class DType, uint32_t kClusterSize, uint32_t kRows, uint32_t kVectors>
 MLPDOWN_KERNEL(kMaxThreads, 1)
 mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan, MLPDOWN_PARAMETER MlpDownShares shares) {
   // ---- Sizes ----
@@ -119,7 +166,7 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   const uint32_t warp_idx = ptx::thread_idx() / kNumLanes;
   const uint32_t lane = ptx::thread_idx() % kNumLanes;
   const uint32_t num_threads = (kFirstConsumerWarp + plan.num_consumer_warps) * kNumLanes;
-  const uint32_t cta_rank_in_cluster = ptx::cta_rank_in_cluster();
+  const uint32_t cta_rank_in_cluster = kClusterSize == 1 ? 0 : ptx::cta_rank_in_cluster();
 
   const Segments segments(problem.intermediate_dim);
   const uint32_t first_segment = cta_rank_in_cluster * kSegmentsPerCta;
@@ -127,9 +174,11 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   const uint32_t slice_num_vectors = segments.first_vector(first_segment + kSegmentsPerCta) - slice_first_vector;
   const uint32_t slice_bytes = slice_num_vectors * kVectorBytes;
 
-  const uint32_t cluster_idx = ptx::cluster_idx();
-  const uint32_t first_row = cluster_idx * shares.min_rows + (cluster_idx < shares.num_longer ? cluster_idx : shares.num_longer);
-  const uint32_t num_rows = shares.min_rows + (cluster_idx < shares.num_longer ? 1 : 0);
+  const uint32_t cluster_idx = ptx::cta_idx() / kClusterSize;
+  const MlpDownShare share = cluster_idx < shares.late.first_cluster ? shares.early : shares.late;
+  const uint32_t idx_in_share = cluster_idx - share.first_cluster;
+  const uint32_t first_row = share.first_row + idx_in_share * share.min_rows + (idx_in_share < share.num_longer ? idx_in_share : share.num_longer);
+  const uint32_t num_rows = share.min_rows + (idx_in_share < share.num_longer ? 1 : 0);
   const uint32_t num_tiles = (num_rows + kRows - 1) / kRows;
   const auto rows_in_tile = [&](uint32_t tile) {
     const uint32_t rows_left = num_rows - tile * kRows;
@@ -138,7 +187,7 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
 
   // ---- Shared memory ----
   using Layout = SharedLayout<kClusterSize, kRows>;
-  const Layout layout(problem.intermediate_dim);
+  const Layout layout(problem.intermediate_dim, kVectors > 0);
   const ptx::SharedAddress smem = ptx::dynamic_shared_memory();
   const auto full_barriers = [&](uint32_t stage_idx) { return smem + Layout::kFullBarriers + stage_idx * kBarrierBytes; };
   const auto empty_barriers = [&](uint32_t stage_idx) { return smem + Layout::kEmptyBarriers + stage_idx * kBarrierBytes; };
@@ -153,16 +202,66 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     return smem + layout.ring + stage_idx * layout.stage_bytes + row * slice_bytes;
   };
 
-  // ---- Barriers ----
-  // By one lane each of the warps that need them first: the producer can then fill its ring without waiting for anyone.
-  if (warp_idx == kProducerWarp && lane == 0) {
-#pragma unroll 1  // the launch waits for these instructions to be fetched: fewer are faster
-    for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
-      ptx::mbarrier_init(full_barriers(stage_idx), 1);
-      ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
+  // Barriers are initialised by one lane each of the warps that need them first.
+
+  // ---- Producer: one lane ----
+  if (warp_idx == kProducerWarp) {
+    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) + static_cast<uint64_t>(first_row) * problem.intermediate_dim +
+                             slice_first_vector * kVectorSize;
+    uint32_t rows_left = num_rows;
+    RingPosition stage;
+    const auto fill_stage = [&] {
+      const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;
+      const ptx::SharedAddress barrier = full_barriers(stage.idx);
+      ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes);
+      if constexpr (kClusterSize == 1) {
+        // Whole rows follow each other in memory: one copy.
+        ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, 0), weight, tile_rows * slice_bytes, barrier);
+      } else if (slice_bytes > 0) {
+        for (uint32_t row = 0; row < tile_rows; ++row) {
+          ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, row), weight + row * problem.intermediate_dim, slice_bytes, barrier);
+        }
+      }
+      weight += static_cast<uint64_t>(kRows) * problem.intermediate_dim;
+      rows_left -= tile_rows;
+      stage.advance(1, plan.num_stages);
+    };
+
+    // Memory idles until the first copy: a stage is filled as soon as its own barrier stands, and the rest is set up behind the copies.
+    if (lane == 0) {
+#pragma unroll 1
+      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
+        ptx::mbarrier_init(full_barriers(stage_idx), 1);
+        ptx::fence_mbarrier_init();
+        // Only a weight that nobody is writing may be read before the wait for earlier kernels.
+        if (stage_idx == 0 && !plan.weight_prefetch) ptx::griddepcontrol_wait();
+        if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();
+      }
+#pragma unroll 1
+      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
+      ptx::fence_mbarrier_init();
     }
-    ptx::fence_mbarrier_init();
+    ptx::syncwarp();
+    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. This warp
+    // does neither, and goes on.
+    barriers_arrive<kClusterSize>(num_threads);
+    if (lane == 0) {
+      RingPosition landing;  // the stage whose copies are the oldest under way
+      for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {
+        // All that an SM has asked for waits in one queue, the activation too: more than keeps memory busy only makes it longer.
+        ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);
+        landing.advance(1, plan.num_stages);
+        if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
+        fill_stage();
+      }
+    }
+    if constexpr (kClusterSize > 1) {
+      ptx::syncwarp();
+      ptx::barrier_cluster_wait();
+    }
+    return;
   }
+
   if (warp_idx == kEpilogueWarp && lane == 0) {
 #pragma unroll 1
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
@@ -171,56 +270,18 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     }
     ptx::fence_mbarrier_init();
   }
-  if (warp_idx == kFirstConsumerWarp && lane == 0) {
+  if (kVectors == 0 && warp_idx == kFirstConsumerWarp && lane == 0) {
     ptx::mbarrier_init(activation_barrier, 1);
     ptx::fence_mbarrier_init();
   }
   ptx::syncwarp();
-
-  // ---- Producer ----
-  if (warp_idx == kProducerWarp) {
-    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. This warp
-    // does neither, and goes on.
-    barriers_arrive<kClusterSize>(num_threads);
-    // Only a weight that nobody is writing may be read before the wait for earlier kernels.
-    if (!plan.weight_prefetch) ptx::griddepcontrol_wait();
-    const uint16_t* const weight = static_cast<const uint16_t*>(problem.weight) +
-                                   static_cast<uint64_t>(first_row) * problem.intermediate_dim + slice_first_vector * kVectorSize;
-    RingPosition stage;
-    RingPosition landing;  // the stage whose copies are the oldest under way
-    for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-      // All that an SM has asked for waits in one queue, the activation too: more than keeps memory busy only makes it longer.
-      if (tile >= plan.stages_in_flight) {
-        ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);
-        landing.advance(1, plan.num_stages);
-      }
-      if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
-      ptx::syncwarp();  // all lanes have seen these phases: a late one could otherwise find them two phases on, and wait for ever
-      const uint32_t tile_rows = rows_in_tile(tile);
-      const uint16_t* const tile_weight = weight + static_cast<uint64_t>(tile * kRows) * problem.intermediate_dim;
-      // Expects tile_rows * slice_bytes. Copies of other lanes may land before this arrival: the phase waits for the arrival.
-      if (lane == 0) ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), tile_rows * slice_bytes);
-      if constexpr (kClusterSize == 1) {
-        // Whole rows follow each other in memory: one copy.
-        if (lane == 0) {
-          ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, 0), tile_weight, tile_rows * slice_bytes, full_barriers(stage.idx));
-        }
-      } else if (lane < tile_rows && slice_bytes > 0) {
-        ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, lane), tile_weight + lane * problem.intermediate_dim, slice_bytes,
-                                       full_barriers(stage.idx));
-      }
-      stage.advance(1, plan.num_stages);
-    }
-    if constexpr (kClusterSize > 1) ptx::barrier_cluster_wait();
-    return;
-  }
 
   if (warp_idx == kFirstConsumerWarp) {
     ptx::griddepcontrol_wait();
     // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
     // more than two grids are ever under way.
     ptx::griddepcontrol_launch_dependents();
-    if (lane == 0) {
+    if (kVectors == 0 && lane == 0) {
       ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
       const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
       if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
@@ -236,7 +297,15 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     const uint32_t num_groups = plan.num_consumer_warps / kSegmentsPerCta;
     const uint32_t first_vector = segments.first_vector(segment) - slice_first_vector;
     const uint32_t end_vector = segments.first_vector(segment + 1) - slice_first_vector;
-    ptx::mbarrier_wait(activation_barrier, 0);
+    float activations[kVectors > 0 ? kVectors : 1][kVectorSize];
+    if constexpr (kVectors > 0) {
+      ptx::griddepcontrol_wait();
+      const uint32_t vector = slice_first_vector + first_vector + lane;
+      load_activations<DType, kVectors>(static_cast<const uint16_t*>(problem.mlp_intermediate) + vector * kVectorSize, lane,
+                                        end_vector - first_vector, activations);
+    } else {
+      ptx::mbarrier_wait(activation_barrier, 0);
+    }
     RingPosition stage{group};
     RingPosition slot{group};
     for (uint32_t tile = group; tile < num_tiles; tile += num_groups) {
@@ -251,12 +320,19 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
 #pragma unroll
         for (uint32_t j = 0; j < kVectorSize; ++j) accumulators[row][j] = 0.0f;
       }
-      uint32_t vector = first_vector + lane;
-      for (; vector + (kVectorsInFlight - 1) * kNumLanes < end_vector; vector += kVectorsInFlight * kNumLanes) {
-        accumulate_batch<DType, kRows, kVectorsInFlight>(smem_activation, weight_rows, vector, accumulators);
-      }
-      for (; vector < end_vector; vector += kNumLanes) {
-        accumulate_batch<DType, kRows, 1>(smem_activation, weight_rows, vector, accumulators);
+      if constexpr (kVectors > 0) {
+        ptx::SharedAddress lane_rows[kRows];
+#pragma unroll
+        for (uint32_t row = 0; row < kRows; ++row) lane_rows[row] = weight_rows[row] + (first_vector + lane) * kVectorBytes;
+        accumulate_segment<DType, kRows, kVectors>(activations, lane_rows, lane, end_vector - first_vector, accumulators);
+      } else {
+        uint32_t vector = first_vector + lane;
+        for (; vector + (kVectorsInFlight - 1) * kNumLanes < end_vector; vector += kVectorsInFlight * kNumLanes) {
+          accumulate_batch<DType, kRows, kVectorsInFlight>(smem_activation, weight_rows, vector, accumulators);
+        }
+        for (; vector < end_vector; vector += kNumLanes) {
+          accumulate_batch<DType, kRows, 1>(smem_activation, weight_rows, vector, accumulators);
+        }
       }
 
       // All that this warp wants of the stage is in registers.

@@ -21,20 +21,30 @@ struct MlpDownProblem {
 
 // How fast, never what: mlpdown/plan.py says what each member is for and chooses it.
 struct MlpDownPlan {
-  unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the next five mean nothing
+  unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the next seven mean nothing
   unsigned int cluster_size;
   unsigned int rows_per_stage;
   unsigned int num_stages;
   unsigned int stages_in_flight;
   unsigned int num_consumer_warps;
+  int activation_in_registers;
+  unsigned int stagger_rows;
   int weight_prefetch;
   int dependent_launch;
 };
 
-// How the launcher shares out the rows: each cluster takes min_rows, and the first num_longer of them one more.
-struct MlpDownShares {
+// A share of the rows, from first_row on, for the clusters from first_cluster on: each takes min_rows, and the first num_longer one more.
+struct MlpDownShare {
+  unsigned int first_cluster;
+  unsigned int first_row;
   unsigned int min_rows;
   unsigned int num_longer;
+};
+
+// How the launcher shares out the rows. The clusters of the first share start first, and with plan->stagger_rows end first.
+struct MlpDownShares {
+  struct MlpDownShare early;
+  struct MlpDownShare late;
 };
 
 #ifdef __cplusplus

@@ -37,12 +37,6 @@ MLPDOWN_DEVICE uint32_t cta_rank_in_cluster() {
   return rank;
 }
 
-MLPDOWN_DEVICE uint32_t cluster_idx() {
-  uint32_t idx;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(idx));
-  return idx;
-}
-
 MLPDOWN_DEVICE uint32_t cta_idx() { return blockIdx.x; }
 
 // ---- Warp ----------------------------------------------------------------------------------------------------------------------

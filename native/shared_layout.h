@@ -33,11 +33,11 @@ struct SharedLayout {
   unsigned int ring;  // [num_stages, stage_bytes]
   unsigned int stage_bytes;
 
-  MLPDOWN_HOST_DEVICE explicit SharedLayout(unsigned int intermediate_dim) {
+  MLPDOWN_HOST_DEVICE SharedLayout(unsigned int intermediate_dim, bool activation_in_registers) {
     const unsigned int num_vectors = intermediate_dim / kVectorSize;
     const unsigned int slice_vectors = (num_vectors + kNumSegments - 1) / kNumSegments * (kNumSegments / kClusterSize);
     const unsigned int slice_bytes = (slice_vectors < num_vectors ? slice_vectors : num_vectors) * kVectorBytes;
-    ring = align_up(kActivation + slice_bytes, 128);
+    ring = align_up(kActivation + (activation_in_registers ? 0 : slice_bytes), 128);
     stage_bytes = kRows * slice_bytes;
   }
 

@@ -67,9 +67,9 @@ def package_sources() -> Sources:
     return read_sources()
 
 
-def instantiations_header(instantiations: list[tuple[int, int]], registers_rows: tuple[int, ...]) -> bytes:
-    """``<instantiations.h>``: macros that apply another one to each ``(cluster_size, rows_per_stage)``, each ``rows_in_registers``."""
-    ring = " ".join(f"X({cluster_size}, {rows_per_stage})" for cluster_size, rows_per_stage in instantiations)
+def instantiations_header(instantiations: list[tuple[int, int, int]], registers_rows: tuple[int, ...]) -> bytes:
+    """``<instantiations.h>``: macros that apply another one to each of :func:`mlpdown.plan.instantiations`, each ``rows_in_registers``."""
+    ring = " ".join(f"X({', '.join(map(str, values))})" for values in instantiations)
     registers = " ".join(f"X({rows})" for rows in registers_rows)
     return (
         "// Made from mlpdown/plan.py by the build.\n#pragma once\n"

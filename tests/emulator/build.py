@@ -26,14 +26,14 @@ MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # cloc
 MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp")
 
 
-def build(native: Path, ring: list[tuple[int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:
-    """The library that emulates the kernels in the folder ``native``: of the ring, these pairs of cluster size and rows per stage; of
-    registers, these numbers of rows.
+def build(native: Path, ring: list[tuple[int, int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:
+    """The library that emulates the kernels in the folder ``native``: of the ring, these cluster sizes, rows per stage and vectors in
+    registers; of registers, these numbers of rows.
 
     ``optimise=False`` compiles the kernels in half the time, for few and small launches.
     """
     for_each = (
-        "-DMLPDOWN_FOR_EACH_INSTANTIATION(X)=" + " ".join(f"X({cluster},{rows})" for cluster, rows in ring),
+        "-DMLPDOWN_FOR_EACH_INSTANTIATION(X)=" + " ".join(f"X({','.join(map(str, values))})" for values in ring),
         "-DMLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X)=" + " ".join(f"X({rows})" for rows in registers),
     )
     kernel = _compile(HERE / "launch.cpp", native, ("-O2" if optimise else "-O0", *for_each))

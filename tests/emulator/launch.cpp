@@ -1,6 +1,7 @@
 // The C interface: one launch of a kernel, built from its own source, on the emulated machine.
 #include <mlp_down.cuh>
 #include <mlp_down_registers.cuh>
+#include <shares.h>
 
 #include <cstdio>
 
@@ -30,11 +31,16 @@ void call_registers(const void* arguments) {
   kKernel(a.problem, a.plan);
 }
 
+uint32_t vectors_in_registers(const MlpDownProblem& problem, const MlpDownPlan& plan) {
+  return plan.activation_in_registers ? vectors_per_lane(problem.intermediate_dim) : 0;
+}
+
 template <class DType>
-Kernel find_kernel(const MlpDownPlan& plan) {
-#define RING(cluster_size_, rows_)                                                                               \
-  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_) {       \
-    return &call_ring<&mlp_down<DType, cluster_size_, rows_>>;                                                   \
+Kernel find_kernel(const MlpDownProblem& problem, const MlpDownPlan& plan) {
+  const uint32_t vectors = vectors_in_registers(problem, plan);
+#define RING(cluster_size_, rows_, vectors_)                                                                                           \
+  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_ && vectors == vectors_) {      \
+    return &call_ring<&mlp_down<DType, cluster_size_, rows_, vectors_>>;                                                               \
   }
 #define REGISTERS(rows_) \
   if (plan.rows_in_registers == rows_) return &call_registers<&mlp_down_registers<DType, rows_>>;
@@ -51,10 +57,11 @@ struct Layout {
 };
 
 Layout layout_of(const Arguments& a) {
-#define RING(cluster_size_, rows_)                                                                                                    \
-  if (a.plan.cluster_size == cluster_size_ && a.plan.rows_per_stage == rows_) {                                                       \
+  const uint32_t vectors = vectors_in_registers(a.problem, a.plan);
+#define RING(cluster_size_, rows_, vectors_)                                                                                          \
+  if (a.plan.cluster_size == cluster_size_ && a.plan.rows_per_stage == rows_ && vectors == vectors_) {                                \
     using L = SharedLayout<cluster_size_, rows_>;                                                                                     \
-    const L layout(a.problem.intermediate_dim);                                                                                       \
+    const L layout(a.problem.intermediate_dim, vectors_ > 0);                                                                         \
     return {L::kFullBarriers, L::kEmptyBarriers, L::kPartialsFull, L::kPartialsEmpty, L::kActivationBarrier, L::kPartials,            \
             L::kOwnedRows * kNumSegments * 4, L::kActivation, layout.ring, layout.stage_bytes, layout.total_bytes(a.plan.num_stages)}; \
   }
@@ -103,8 +110,8 @@ uint16_t emulator_cvt_rn_bf16_f32(float value) { return ptx::cvt_rn_bf16_f32(val
 
 // Nonzero if this build lacks the instantiation. num_clusters is the ring's: the other kernel has a CTA for every few rows.
 int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, EmulatorResult* result) {
-  const Arguments arguments{*problem, *plan, {problem->hidden_dim / num_clusters, problem->hidden_dim % num_clusters}};
-  const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*plan) : find_kernel<Float16>(*plan);
+  const Arguments arguments{*problem, *plan, share_out(problem->hidden_dim, num_clusters, plan->stagger_rows)};
+  const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*problem, *plan) : find_kernel<Float16>(*problem, *plan);
   if (kernel == nullptr) return 1;
   const size_t vector_bytes = problem->hidden_dim * sizeof(uint16_t);
   const size_t activation_bytes = problem->intermediate_dim * sizeof(uint16_t);

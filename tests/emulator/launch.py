@@ -78,11 +78,11 @@ def _structure(name: str) -> type[ctypes.Structure]:
 
 
 class Kernel:
-    """The kernels in a folder of sources, built for a host: ``ring`` are pairs of cluster size and rows per stage, ``registers`` are
-    rows in registers."""
+    """The kernels in a folder of sources, built for a host: ``ring`` are cluster sizes, rows per stage and vectors in registers,
+    ``registers`` are rows in registers."""
 
     def __init__(
-        self, ring: list[tuple[int, int]], registers: tuple[int, ...], native: Path = NATIVE, *, optimise: bool = True
+        self, ring: list[tuple[int, int, int]], registers: tuple[int, ...], native: Path = NATIVE, *, optimise: bool = True
     ) -> None:
         self._library = ctypes.CDLL(str(build(native, ring, registers, optimise=optimise)))
         for name in ("problem", "plan"):

@@ -108,7 +108,6 @@ using namespace emulator;
 
 uint32_t thread_idx() { return cluster.current->idx_in_cta; }
 uint32_t cta_rank_in_cluster() { return cluster.current->cta->rank; }
-uint32_t cluster_idx() { return cluster.idx; }
 uint32_t cta_idx() { return cluster.idx * cluster.launch->cluster_size + cta_rank_in_cluster(); }
 
 // ---- Warp -----------------------------------------------------------------------------------------------------------------------

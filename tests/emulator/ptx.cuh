@@ -44,7 +44,6 @@ struct ClusterAddress {
 
 uint32_t thread_idx();
 uint32_t cta_rank_in_cluster();
-uint32_t cluster_idx();
 uint32_t cta_idx();
 
 float shfl_xor_sync(float value, uint32_t lane_mask, Where where = Where::current());
