@@ -18,10 +18,9 @@ BYTES_PER_ELEMENT = 2
 CLUSTER_SIZES = (1, 2, 4, 8)
 ROWS_PER_STAGE = (1, 2, 4)
 ROWS_IN_REGISTERS = (1, 2, 4)
-# A ring whose lanes keep their activations in registers: up to so many vectors a lane, 8 float32 each, which leaves room for two CTAs an
-# SM. The longest rows that this holds for are of 16384.
-MAX_VECTORS_IN_REGISTERS = 8
-ROWS_BESIDE_ACTIVATION = (1, 2)
+# A ring of clusters of one may keep the activation in registers: rows of a stage -> vectors a lane at the most, 8 float32 each. Two CTAs then
+# still share an SM, and no kernel spills. Eight vectors are an intermediate_dim of 16384.
+VECTORS_IN_REGISTERS = {1: 8, 2: 4}
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16
 MAX_STAGGER_ROWS = 63
@@ -51,10 +50,9 @@ def instantiations() -> list[tuple[int, int, int]]:
 
     ``vectors`` of the activation a lane keeps in registers; 0 if the activation is in shared memory.
     """
-    return [
-        *itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE, (0,)),
-        *itertools.product((1,), ROWS_BESIDE_ACTIVATION, range(1, MAX_VECTORS_IN_REGISTERS + 1)),
-    ]
+    in_shared_memory = itertools.product(CLUSTER_SIZES, ROWS_PER_STAGE, (0,))
+    in_registers = ((1, rows, vectors) for rows, most in VECTORS_IN_REGISTERS.items() for vectors in range(1, most + 1))
+    return [*in_shared_memory, *in_registers]
 
 
 def vectors_per_lane(intermediate_dim: int) -> int:
@@ -99,7 +97,7 @@ class Plan:
     must divide ``num_stages``."""
     activation_in_registers: bool = False
     """Each lane keeps its part of the activation in registers, as float32, instead of reading it from shared memory for every row: for
-    clusters of one, 1 or 2 rows a stage and an ``intermediate_dim`` of up to 16384."""
+    clusters of one, and an ``intermediate_dim`` of up to 16384 with 1 row a stage, 8192 with 2."""
     stagger_rows: int = 0
     """Rows, up to 63, that each cluster of the first half of the grid takes fewer than an even share, and each of the second half more."""
     weight_prefetch: bool = False
@@ -170,9 +168,10 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
     if plan.rows_in_registers:
         return
     if instantiation(plan, intermediate_dim) not in instantiations():
+        longest = {rows: vectors * NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE for rows, vectors in VECTORS_IN_REGISTERS.items()}
+        reach = " or ".join(f"rows_per_stage {rows} and intermediate_dim up to {dim}" for rows, dim in longest.items())
         raise ValueError(
-            f"plan.activation_in_registers goes with cluster_size 1, rows_per_stage 1 or 2 and an intermediate_dim of at most "
-            f"{MAX_VECTORS_IN_REGISTERS * NUM_LANES * VECTOR_SIZE * NUM_SEGMENTS}, got cluster_size {plan.cluster_size}, rows_per_stage "
+            f"plan.activation_in_registers goes with cluster_size 1 and {reach}, got cluster_size {plan.cluster_size}, rows_per_stage "
             f"{plan.rows_per_stage} and intermediate_dim {intermediate_dim}"
         )
     if plan.stages_in_flight > plan.num_stages:
@@ -221,11 +220,12 @@ def _share(device: Device, ctas_per_sm: int) -> int:
 
 def _ring(cluster_size: int, intermediate_dim: int, limit: int) -> Plan | None:
     """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
-    in_registers = cluster_size == 1 and vectors_per_lane(intermediate_dim) <= MAX_VECTORS_IN_REGISTERS
+    vectors = vectors_per_lane(intermediate_dim)
+    in_registers = cluster_size == 1 and vectors <= VECTORS_IN_REGISTERS[1]
     max_stage_bytes = MAX_STAGE_BYTES_BESIDE_ACTIVATION if in_registers else MAX_STAGE_BYTES
-    for rows in reversed(ROWS_BESIDE_ACTIVATION if in_registers else ROWS_PER_STAGE):
+    for rows in reversed(ROWS_PER_STAGE):
         stage_bytes = rows * _slice_bytes(cluster_size, intermediate_dim)
-        if rows > 1 and stage_bytes > max_stage_bytes:
+        if rows > 1 and (stage_bytes > max_stage_bytes or (in_registers and vectors > VECTORS_IN_REGISTERS.get(rows, 0))):
             continue
         for num_stages in range(MAX_STAGES, 1, -1):
             # What is not in flight is being summed: one stage at the least, and half of the longest ring.

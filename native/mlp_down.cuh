@@ -91,14 +91,18 @@ MLPDOWN_DEVICE bool has_vector(uint32_t i, uint32_t lane, uint32_t num_vectors) 
 template <class DType, uint32_t kVectors>
 MLPDOWN_DEVICE void load_activations(const uint16_t* source, uint32_t lane, uint32_t num_vectors, float (&activations)[kVectors][kVectorSize]) {
   constexpr uint32_t kTwoNegativeZeros = 0x80008000u;
-  ptx::Vector vectors[kVectors];
+  constexpr uint32_t kBatch = kVectors < 8 ? kVectors : 4;  // as many as the registers hold beside the result
 #pragma unroll
-  for (uint32_t i = 0; i < kVectors; ++i) {
-    vectors[i] = {{kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros}};
-    if (has_vector<kVectors>(i, lane, num_vectors)) vectors[i] = ptx::ld_global_vector(source + i * kNumLanes * kVectorSize);
+  for (uint32_t first = 0; first < kVectors; first += kBatch) {
+    ptx::Vector vectors[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      vectors[i] = {{kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros}};
+      if (has_vector<kVectors>(first + i, lane, num_vectors)) vectors[i] = ptx::ld_global_vector(source + (first + i) * kNumLanes * kVectorSize);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) unpack<DType>(vectors[i], activations[first + i]);
   }
-#pragma unroll
-  for (uint32_t i = 0; i < kVectors; ++i) unpack<DType>(vectors[i], activations[i]);
 }
 
 // Step 4 for a lane's whole segment of kRows rows, each at its first vector in weight_rows, with activations of load_activations.

@@ -17,7 +17,6 @@ from mlpdown.plan import (
     MAX_STAGES,
     NUM_LANES,
     NUM_SEGMENTS,
-    ROWS_BESIDE_ACTIVATION,
     ROWS_IN_REGISTERS,
     RTX_5090,
     VECTOR_SIZE,
@@ -82,9 +81,8 @@ def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_st
         assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
-@pytest.mark.parametrize("rows_per_stage", ROWS_BESIDE_ACTIVATION)
-@pytest.mark.parametrize("vectors", [2, 5])
-def test_missing_vectors_keep_a_negative_zero(kernel: Kernel, vectors: int, rows_per_stage: int) -> None:
+@pytest.mark.parametrize(("rows_per_stage", "vectors"), [(1, 2), (1, 5), (1, 8), (2, 2), (2, 4)])
+def test_missing_vectors_keep_a_negative_zero(kernel: Kernel, rows_per_stage: int, vectors: int) -> None:
     """Products too small for float32 leave an accumulator of -0. Whether a lane then has one more vector must not show."""
     intermediate_dim = (vectors - 1) * SEGMENTS_OF_WHOLE_LANES + VECTOR_SIZE * NUM_SEGMENTS  # one lane a segment has one more
     tiny, negative_zero = 0x0001, 0x8000
