@@ -18,8 +18,8 @@ BYTES_PER_ELEMENT = 2
 CLUSTER_SIZES = (1, 2, 4, 8)
 ROWS_PER_STAGE = (1, 2, 4)
 ROWS_IN_REGISTERS = (1, 2, 4)
-# A ring of clusters of one may keep the activation in registers: rows of a stage -> vectors a lane at the most, 8 float32 each. Two CTAs then
-# still share an SM, and no kernel spills. Eight vectors are an intermediate_dim of 16384.
+# A ring of clusters of one may keep the activation in registers: rows of a stage -> the most vectors a lane, 8 float32 each. Two CTAs can
+# then still share an SM, and no kernel spills. Eight vectors are an intermediate_dim of 16384.
 VECTORS_IN_REGISTERS = {1: 8, 2: 4}
 MAX_STAGES = 16
 MAX_CONSUMER_WARPS = 16

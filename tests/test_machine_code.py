@@ -157,14 +157,13 @@ def test_as_many_ctas_share_an_sm_as_plans_count_on(built: library.LibraryInfo, 
         if chosen.rows_in_registers:
             continue
         cta_bytes = plan.shared_memory_bytes(chosen, shape.intermediate_dim) + plan.RESERVED_BYTES_PER_CTA
-        num_ctas = max(
-            ctas for ctas, cluster_sizes in plan.PLACEMENTS if chosen.cluster_size in cluster_sizes and ctas * cta_bytes <= sm_bytes
-        )
+        num_ctas = max(ctas for ctas in plan.CTAS_PER_SM if ctas * cta_bytes <= sm_bytes)
         num_threads = (chosen.num_consumer_warps + NUM_OTHER_WARPS) * 32
-        registers_per_thread = -(-registers[f"mlp_down<{dtype}, {chosen.cluster_size}, {chosen.rows_per_stage}>"] // 8) * 8
+        values = plan.instantiation(chosen, shape.intermediate_dim)
+        registers_per_thread = -(-registers[f"mlp_down<{', '.join(map(str, (dtype, *values)))}>"] // 8) * 8
         assert num_ctas * num_threads * registers_per_thread <= REGISTERS_PER_SM, (str(shape), chosen, num_ctas, registers_per_thread)
         counted_on.add(num_ctas)
-    assert {ctas for ctas, _ in plan.PLACEMENTS[:2]} <= counted_on, "the shapes no longer show what this test is about"
+    assert max(plan.CTAS_PER_SM) in counted_on, "the shapes no longer show what this test is about"
 
 
 def test_library_carries_ptx_for_what_comes_next(built: library.LibraryInfo) -> None:

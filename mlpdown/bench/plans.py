@@ -14,10 +14,9 @@ from rich.table import Table
 
 from .. import native_backend
 from ..plan import (
+    BYTES_IN_FLIGHT,
     MAX_STAGES,
-    MIN_BYTES_IN_FLIGHT,
     NUM_SEGMENTS,
-    PLACEMENTS,
     RESERVED_BYTES_PER_CTA,
     ROWS_IN_REGISTERS,
     ROWS_PER_STAGE,
@@ -38,32 +37,33 @@ NUM_SHOWN = 20
 GRID_CLUSTER_SIZES = (1, 2, 4)
 KILOBYTES_IN_FLIGHT = (20, 40, 80)
 GROUPS = (1, 2)
+GRID_CTAS_PER_SM = (3, 2, 1)
 
 
 def grid(shape: Shape, device: Device) -> list[Plan]:
     """Plans that fit: all of the kernel that lands weights in registers; and of the ring every number of rows in clusters of one, two and
-    four, with one and two groups of warps, from as many stages as fit down to two, of which one, 20, 40, 80 KB a CTA, or all are in
-    flight."""
+    four, the activation in shared memory and where possible in registers, with one and two groups of warps, from as many stages as fit down
+    to two, of which one, 20, 40, 80 KB a CTA, or all are in flight; and with shares staggered by a row."""
     plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
-    for cluster_size, rows, num_groups in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS):
-        ring = Plan(cluster_size, rows, 2, 1, NUM_SEGMENTS // cluster_size * num_groups)
+    for cluster_size, rows, num_groups, in_registers in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS, (False, True)):
+        ring = Plan(cluster_size, rows, 2, 1, NUM_SEGMENTS // cluster_size * num_groups, in_registers)
         stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
         for num_stages in _stage_counts(ring, num_groups, shape, device):
-            fewest = -(-MIN_BYTES_IN_FLIGHT // stage_bytes)
+            fewest = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1)
             wanted = {1, fewest, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
-            plans += (
-                dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
-                for stages_in_flight in sorted(wanted)
-                if 1 <= stages_in_flight <= num_stages
-            )
-    return [plan for plan in plans if _fits(plan, shape, device)]
+            for stages_in_flight in sorted(wanted):
+                if 1 <= stages_in_flight <= num_stages:
+                    plan = dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
+                    plans.append(plan)
+                    if in_registers and num_groups == 1 and stages_in_flight == fewest:
+                        plans.append(dataclasses.replace(plan, stagger_rows=1))
+    return [plan for plan in dict.fromkeys(plans) if _fits(plan, shape, device)]
 
 
 def _stage_counts(ring: Plan, num_groups: int, shape: Shape, device: Device) -> list[int]:
-    """As many stages as fit with each number of CTAs on an SM that :data:`~mlpdown.plan.PLACEMENTS` has, half of the most, and two. The
-    groups must be able to share them out."""
+    """As many stages as fit with each number of CTAs on an SM, half of the most, and two. The groups must be able to share them out."""
     counts = {2}
-    for num_ctas, _ in PLACEMENTS:
+    for num_ctas in GRID_CTAS_PER_SM:
         limit = (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // num_ctas - RESERVED_BYTES_PER_CTA
         for num_stages in range(MAX_STAGES, 2, -1):
             needed = shared_memory_bytes(dataclasses.replace(ring, num_stages=num_stages), shape.intermediate_dim)
@@ -115,19 +115,33 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     by_isolated = sorted(timed, key=lambda row: median(row["isolated"]))
     shown = [row for row in rows if row in timed[:NUM_SHOWN] or row in by_isolated[:NUM_SHOWN] or "error" in row]
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for heading in ("registers", "cluster", "rows/stage", "stages", "in flight", "warps", "chained us", "isolated us"):
+    ring = {
+        "cluster": "cluster_size",
+        "rows/stage": "rows_per_stage",
+        "stages": "num_stages",
+        "in flight": "stages_in_flight",
+        "warps": "num_consumer_warps",
+        "activation": "activation_in_registers",
+        "stagger": "stagger_rows",
+    }
+    for heading in ("registers", *ring, "chained us", "isolated us"):
         result.add_column(heading, justify="right")
-    ring = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
     for row in shown:
         plan = row["plan"]
         in_registers = plan["rows_in_registers"]
-        cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(str(plan[name]) for name in ring)]
+        cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(_cell(name, plan[name]) for name in ring.values())]
         if "error" in row:
             cells += [row["error"], ""]
         else:
             cells += [f"{median(row['chained']):.2f}", f"{median(row['isolated']):.2f}{' *' if row is by_isolated[0] else ''}"]
         result.add_row(*cells)
     return result
+
+
+def _cell(name: str, value: int) -> str:
+    if name == "activation_in_registers":
+        return "registers" if value else "shared"
+    return str(value)
 
 
 def _fits(plan: Plan, shape: Shape, device: Device) -> bool:

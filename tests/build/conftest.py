@@ -91,8 +91,8 @@ class FakeCompilers:
 def _kernel_symbols(dtype: str) -> list[str]:
     """Every kernel of one dtype, as the compiler names it."""
     ring = [
-        f"_Z8mlp_downI{dtype}Lj{cluster_size}ELj{rows_per_stage}EEv14MlpDownProblem11MlpDownPlan13MlpDownShares"
-        for cluster_size, rows_per_stage in plan.instantiations()
+        f"_Z8mlp_downI{dtype}{''.join(f'Lj{value}E' for value in values)}Ev14MlpDownProblem11MlpDownPlan13MlpDownShares"
+        for values in plan.instantiations()
     ]
     return ring + [f"_Z18mlp_down_registersI{dtype}Lj{rows}EEv14MlpDownProblem" for rows in plan.ROWS_IN_REGISTERS]
 

@@ -183,7 +183,7 @@ def test_changed_source_is_built_anew(
 
 def test_changed_instantiations_change_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sources.read_sources()
-    monkeypatch.setattr(sources.plan, "instantiations", lambda: [(1, 1)])
+    monkeypatch.setattr(sources.plan, "instantiations", lambda: [(1, 1, 0)])
     assert sources.read_sources().source_hash != before.source_hash
 
 

@@ -73,9 +73,31 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
     assert not wrong, f"{len(wrong)} of {len(chosen)} plans change bits, e.g. {wrong[:4]}"
     for rows in plans.ROWS_IN_REGISTERS:
         assert sum(plan.rows_in_registers == rows for plan in chosen) == 4
-    for cluster_size, rows_per_stage in plans.instantiations():
-        pair = [plan for plan in chosen if (plan.cluster_size, plan.rows_per_stage) == (cluster_size, rows_per_stage)]
-        assert len(pair) >= 4, (cluster_size, rows_per_stage)
+    rings = [plan for plan in chosen if not plan.rows_in_registers]
+    for kernel in possible_kernels(intermediate_dim):
+        assert sum(plans.instantiation(plan, intermediate_dim) == kernel for plan in rings) >= 4, kernel
+
+
+def possible_kernels(intermediate_dim: int) -> list[tuple[int, int, int]]:
+    """The ring kernels that were compiled in for rows of this length."""
+    vectors = plans.vectors_per_lane(intermediate_dim)
+    return [kernel for kernel in plans.instantiations() if kernel[2] in (0, vectors)]
+
+
+# For each number of vectors a lane: all lanes have all; one lane of each segment has the last; the last segment is 7 shorter.
+VECTOR_DIMS = [(vectors, 2048 * vectors + offset) for vectors in range(1, 9) for offset in (0, -2048 + 64, -56)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["ordinary", "special"])
+@pytest.mark.parametrize(("vectors", "intermediate_dim"), VECTOR_DIMS)
+def test_activation_in_registers(vectors: int, intermediate_dim: int, kind: str, dtype: str) -> None:
+    assert plans.vectors_per_lane(intermediate_dim) == vectors
+    for rows_per_stage, most in plans.VECTORS_IN_REGISTERS.items():
+        if vectors <= most:
+            for num_groups, stagger_rows in ((1, 0), (2, 1)):
+                ring = Plan(1, rows_per_stage, 4, 2, 8 * num_groups, True, stagger_rows, weight_prefetch=stagger_rows > 0)
+                check_native(1027, intermediate_dim, dtype, kind, ring)
 
 
 def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
@@ -87,7 +109,9 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
     ]
     switches = itertools.cycle(itertools.product((False, True), (True, False)))
     fields = ((1, 2, 3, 4, 8, 16), (1, 2, 16), (1, 2, 4, 8, 16))
-    for (cluster_size, rows_per_stage), values in itertools.product(plans.instantiations(), itertools.product(*fields)):
+    staggers = itertools.cycle((0, 1, 2))
+    for kernel, values in itertools.product(possible_kernels(intermediate_dim), itertools.product(*fields)):
+        cluster_size, rows_per_stage, vectors = kernel
         num_stages, stages_in_flight, num_groups = values
         weight_prefetch, dependent_launch = next(switches)
         plan = Plan(
@@ -96,6 +120,8 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
             num_stages=num_stages,
             stages_in_flight=min(stages_in_flight, num_stages),
             num_consumer_warps=num_groups * plans.NUM_SEGMENTS // cluster_size,
+            activation_in_registers=vectors > 0,
+            stagger_rows=next(staggers),
             weight_prefetch=weight_prefetch,
             dependent_launch=dependent_launch,
         )
