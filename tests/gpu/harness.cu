@@ -1,6 +1,7 @@
 // The launcher without torch, for compute-sanitizer: a few shapes under plans of every cluster size, or one planted fault.
 //
-//     harness run             every case once; prints a line a case; exit status 1 if a result is wrong
+//     harness run             every case; prints a line a case; exit status 1 if a result is wrong
+//     harness run racecheck   the same for a few small cases: racecheck takes seconds for each megabyte that passes through shared memory
 //     harness plant FAULT     a kernel with the fault that a tool is there to find: memcheck, synccheck, initcheck or racecheck
 #include <launcher.h>
 
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 namespace {
@@ -83,6 +85,8 @@ struct PlanValues {
   unsigned int num_stages;
   unsigned int stages_in_flight;
   unsigned int num_consumer_warps;
+  int activation_in_registers;
+  unsigned int stagger_rows;
   int weight_prefetch;
   int dependent_launch;
   unsigned int rows_in_registers = 0;
@@ -105,48 +109,86 @@ MlpDownPlan make_plan(const PlanValues& values) {
   plan.num_stages = values.num_stages;
   plan.stages_in_flight = values.stages_in_flight;
   plan.num_consumer_warps = values.num_consumer_warps;
+  plan.activation_in_registers = values.activation_in_registers;
+  plan.stagger_rows = values.stagger_rows;
   plan.weight_prefetch = values.weight_prefetch;
   plan.dependent_launch = values.dependent_launch;
   plan.rows_in_registers = values.rows_in_registers;
   return plan;
 }
 
+// Where the activation is.
+constexpr int kShared = 0;
+constexpr int kRegisters = 1;
 constexpr int kNoPrefetch = 0;
 constexpr int kPrefetch = 1;
 
+// harness.py reads these two lists, a case a line; tests/bench/test_harness.py works out what is said of them here.
+//
 // Over 114 KB of shared memory a CTA in the large cases, so that an SM holds one: then a cluster walks more tiles than the ring has stages
-// and than there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments and slices partly or wholly empty. In the
-// last case several CTAs share an SM.
+// and than there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments, lanes and slices partly or wholly empty. In
+// some cases several CTAs share an SM.
 const TestCase kCases[] = {
-    // hidden, intermediate, bf16, optional, partial, {cluster, rows, stages, in flight, warps, prefetch, dependent launch}
-    {2400, 4096, false, true, false, {1, 1, 14, 4, 16, kNoPrefetch, 1}},
-    {2400, 8192, true, true, false, {2, 2, 7, 3, 4, kPrefetch, 1}},
-    {2400, 8192, false, true, false, {4, 4, 8, 5, 8, kNoPrefetch, 1}},
-    {1024, 16384, true, false, false, {8, 4, 8, 8, 2, kPrefetch, 1}},
-    {333, 1000, false, true, false, {4, 1, 2, 1, 4, kPrefetch, 0}},
-    {77, 8, false, true, false, {8, 1, 2, 2, 2, kNoPrefetch, 1}},
-    {1, 2048, true, true, false, {4, 1, 2, 1, 2, kNoPrefetch, 1}},
-    {512, 2048, false, true, false, {4, 2, 5, 5, 2, kNoPrefetch, 1}},
-    {512, 512, false, false, true, {2, 1, 4, 3, 8, kNoPrefetch, 1}},
-    {2560, 2048, true, true, false, {1, 1, 2, 1, 8, kPrefetch, 1}},
+    // hidden, intermediate, bf16, optional, partial, {cluster, rows, stages, in flight, warps, activation, stagger, prefetch, dependent}
+    {2400, 4096, false, true, false, {1, 1, 14, 4, 16, kShared, 0, kNoPrefetch, 1}},
+    {2400, 8192, true, true, false, {2, 2, 7, 3, 4, kShared, 0, kPrefetch, 1}},
+    {2400, 8192, false, true, false, {4, 4, 8, 5, 8, kShared, 0, kNoPrefetch, 1}},
+    {1100, 16384, true, false, false, {8, 4, 8, 8, 2, kShared, 0, kPrefetch, 1}},
+    {333, 1000, false, true, false, {4, 1, 2, 1, 4, kShared, 0, kPrefetch, 0}},
+    {77, 8, false, true, false, {8, 1, 2, 2, 2, kShared, 0, kNoPrefetch, 1}},
+    {1, 2048, true, true, false, {4, 1, 2, 1, 2, kShared, 0, kNoPrefetch, 1}},
+    {512, 2048, false, true, false, {4, 2, 5, 5, 2, kShared, 0, kNoPrefetch, 1}},
+    {512, 512, false, false, true, {2, 1, 4, 3, 8, kShared, 0, kNoPrefetch, 1}},
+    {2560, 2048, true, true, false, {1, 1, 2, 1, 8, kShared, 0, kPrefetch, 1}},
+    {2400, 4096, false, true, false, {1, 1, 14, 4, 16, kRegisters, 1, kPrefetch, 1}},
+    {2401, 3848, true, true, false, {1, 1, 16, 5, 8, kRegisters, 0, kNoPrefetch, 1}},
+    {4600, 2048, true, false, false, {1, 2, 14, 7, 8, kRegisters, 0, kPrefetch, 1}},
+    {4601, 2312, false, true, false, {1, 2, 14, 13, 16, kRegisters, 0, kNoPrefetch, 0}},
+    {200, 16328, true, true, false, {1, 1, 3, 2, 8, kRegisters, 0, kNoPrefetch, 1}},
+    {333, 1000, false, true, true, {1, 2, 4, 1, 16, kRegisters, 3, kPrefetch, 1}},
 };
 
-// The kernel that lands weights in registers, with every number of rows that was compiled in.
-std::vector<TestCase> register_cases() {
-  std::vector<TestCase> cases;
-#define MLPDOWN_CASE(rows_in_registers_)                                                                \
-  for (const bool is_bfloat16 : {false, true}) {                                                        \
-    cases.push_back({512, 2048, is_bfloat16, true, false, {1, 1, 1, 1, 1, kPrefetch, 1, rows_in_registers_}});   \
-    cases.push_back({333, 11008, is_bfloat16, false, false, {1, 1, 1, 1, 1, kNoPrefetch, 1, rows_in_registers_}}); \
-    cases.push_back({77, 1000, is_bfloat16, true, true, {1, 1, 1, 1, 1, kNoPrefetch, 0, rows_in_registers_}});   \
+// For racecheck, whose time goes with the bytes, and most of all with those of stages filled anew: short rows, and hardly more tiles than
+// it takes. All rings wrap. The slots wrap in the first case, of a cluster of one, and in the last, with stores to other CTAs. 18 warps a CTA
+// keep all but three CTAs off an SM, whatever else they need; the first case needs the shared memory for itself.
+const TestCase kRacecheckCases[] = {
+    {2250, 3584, false, true, false, {1, 1, 16, 8, 8, kShared, 0, kNoPrefetch, 1}},
+    {1200, 2312, true, true, false, {1, 1, 2, 1, 16, kRegisters, 0, kPrefetch, 1}},
+    {2400, 1032, false, false, false, {1, 2, 2, 1, 16, kRegisters, 1, kNoPrefetch, 1}},
+    {2000, 1032, true, true, false, {2, 2, 4, 3, 16, kShared, 0, kNoPrefetch, 1}},
+    {3400, 520, false, true, false, {8, 4, 16, 8, 16, kShared, 0, kPrefetch, 1}},
+};
+
+// A case of the kernel that lands weights in registers.
+TestCase register_case(unsigned int hidden_dim, unsigned int intermediate_dim, bool is_bfloat16, bool has_optional, bool is_partial_sums,
+                       int weight_prefetch, int dependent_launch, unsigned int rows_in_registers) {
+  PlanValues plan = {1, 1, 1, 1, 1, kShared, 0, weight_prefetch, dependent_launch, rows_in_registers};
+  return {hidden_dim, intermediate_dim, is_bfloat16, has_optional, is_partial_sums, plan};
+}
+
+std::vector<TestCase> cases() {
+  std::vector<TestCase> cases(std::begin(kCases), std::end(kCases));
+#define MLPDOWN_CASE(rows_)                                                                       \
+  for (const bool is_bfloat16 : {false, true}) {                                                  \
+    cases.push_back(register_case(512, 2048, is_bfloat16, true, false, kPrefetch, 1, rows_));     \
+    cases.push_back(register_case(333, 11008, is_bfloat16, false, false, kNoPrefetch, 1, rows_)); \
+    cases.push_back(register_case(77, 1000, is_bfloat16, true, true, kNoPrefetch, 0, rows_));     \
   }
   MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(MLPDOWN_CASE)
 #undef MLPDOWN_CASE
   return cases;
 }
 
-// Enqueues two calls, the second of which may start while the first drains, and compares the second's result with double precision.
-bool run_case(const TestCase& test) {
+std::vector<TestCase> racecheck_cases() {
+  std::vector<TestCase> cases(std::begin(kRacecheckCases), std::end(kRacecheckCases));
+#define MLPDOWN_CASE(rows_) cases.push_back(register_case(333, 1000, false, true, false, kNoPrefetch, 1, rows_));
+  MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(MLPDOWN_CASE)
+#undef MLPDOWN_CASE
+  return cases;
+}
+
+// Enqueues calls, each of which may start while the one before drains, and compares the last one's result with double precision.
+bool run_case(const TestCase& test, int num_calls) {
   Tensor hidden_states(0, test.hidden_dim, test.is_bfloat16);
   Tensor attn_output(1, test.hidden_dim, test.is_bfloat16);
   Tensor mlp_intermediate(2, test.intermediate_dim, test.is_bfloat16);
@@ -169,7 +211,7 @@ bool run_case(const TestCase& test) {
   problem.is_partial_sums = test.is_partial_sums;
   const MlpDownPlan plan = make_plan(test.plan);
   char error[512] = "";
-  for (int call = 0; call < 2; ++call) {
+  for (int call = 0; call < num_calls; ++call) {
     if (mlpdown_launch(&problem, &plan, nullptr, error, sizeof error) != 0) {
       std::fprintf(stderr, "not launched: %s\n", error);
       std::exit(3);
@@ -204,10 +246,13 @@ bool run_case(const TestCase& test) {
     const double bound = unit * std::fabs(exact) + 64 * std::ldexp(1.0, -24) * magnitude;
     if (!(std::fabs(actual - exact) <= bound)) ++wrong;
   }
-  std::printf("%u x %u, %s%s, %u rows in registers, cluster %u, %u rows a stage, %u stages, %u in flight, %u warps, prefetch %d: %u wrong\n", test.hidden_dim,
-              test.intermediate_dim, test.is_bfloat16 ? "bfloat16" : "float16", test.is_partial_sums ? " partial sums" : "",
-              test.plan.rows_in_registers, test.plan.cluster_size, test.plan.rows_per_stage, test.plan.num_stages, test.plan.stages_in_flight, test.plan.num_consumer_warps,
-              test.plan.weight_prefetch, wrong);
+  std::printf(
+      "%u x %u, %s%s, %u rows in registers, cluster %u, %u rows a stage, %u stages, %u in flight, %u warps, activation in %s, stagger %u, "
+      "prefetch %d: %u wrong\n",
+      test.hidden_dim, test.intermediate_dim, test.is_bfloat16 ? "bfloat16" : "float16", test.is_partial_sums ? " partial sums" : "",
+      test.plan.rows_in_registers, test.plan.cluster_size, test.plan.rows_per_stage, test.plan.num_stages, test.plan.stages_in_flight,
+      test.plan.num_consumer_warps, test.plan.activation_in_registers ? "registers" : "shared memory", test.plan.stagger_rows,
+      test.plan.weight_prefetch, wrong);
   return wrong == 0;
 }
 
@@ -264,13 +309,16 @@ int plant(const char* fault) {
 
 int main(int argc, char** argv) {
   if (argc == 3 && std::strcmp(argv[1], "plant") == 0) return plant(argv[2]);
-  if (argc != 2 || std::strcmp(argv[1], "run") != 0) {
-    std::fprintf(stderr, "usage: harness run | harness plant FAULT\n");
+  const bool is_run = argc >= 2 && std::strcmp(argv[1], "run") == 0;
+  const bool is_racecheck = is_run && argc == 3 && std::strcmp(argv[2], "racecheck") == 0;
+  if (!is_racecheck && !(is_run && argc == 2)) {
+    std::fprintf(stderr, "usage: harness run [racecheck] | harness plant FAULT\n");
     return 2;
   }
   bool all_right = true;
-  for (const TestCase& test : kCases) all_right = run_case(test) && all_right;
-  for (const TestCase& test : register_cases()) all_right = run_case(test) && all_right;
+  // Shared memory is a launch's own: to racecheck a second call says nothing new.
+  const int num_calls = is_racecheck ? 1 : 2;
+  for (const TestCase& test : is_racecheck ? racecheck_cases() : cases()) all_right = run_case(test, num_calls) && all_right;
   CHECK(cudaDeviceReset());
   return all_right ? 0 : 1;
 }

@@ -15,18 +15,22 @@ from pathlib import Path
 from mlpdown.bench.cuda_program import compile_cuda
 from mlpdown.build.sources import package_sources
 from mlpdown.build.toolchain import find_toolchain
+from mlpdown.plan import Plan, instantiation
 
 SOURCE = "harness.cu"
-# (cluster_size, rows_per_stage) of the plans in harness.cu: compiling all takes longer than running them.
-INSTANTIATIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4)]
-NUM_RING_CASES = 10
 RUN_LIMIT_SECONDS = 60
-RACECHECK_LIMIT_SECONDS = 240  # it follows every byte of shared memory, and every look at a barrier
+RACECHECK_LIMIT_SECONDS = 120  # it follows every byte of shared memory, and every look at a barrier
+# A list of ring cases in harness.cu, and a case there.
+CASES = re.compile(r"^const TestCase (\w+)\[\] = \{\n(.*?)^\};$", re.MULTILINE | re.DOTALL)
+CASE = re.compile(
+    r"    \{(\d+), (\d+), \w+, \w+, \w+, "
+    r"\{(\d+), (\d+), (\d+), (\d+), (\d+), k(Shared|Registers), (\d+), k(NoPrefetch|Prefetch), ([01])\}\},"
+)
 FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
 # racecheck's report takes a line for an access, and one more for each access that it may clash with.
 RACE = re.compile(r"\w+: Race reported between (?P<access>.*)")
 OTHER_ACCESS = re.compile(r"and (?P<access>(?:Read|Write) access at .*)")
-ACCESS = re.compile(r"(?P<kind>Read|Write) access at (?P<function>.+?)(?:\(.*\))?\+0x")
+ACCESS = re.compile(r"(?P<kind>Read|Write) access at (?P<signature>.+)\+0x[0-9a-f]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,50 @@ class Verdict:
     output: str
 
 
+@dataclasses.dataclass(frozen=True)
+class RingCase:
+    """A case of the ring kernel in ``harness.cu``."""
+
+    hidden_dim: int
+    intermediate_dim: int
+    plan: Plan
+
+
+def ring_cases() -> list[RingCase]:
+    """Those of ``harness run``."""
+    return read_cases("kCases")
+
+
+def racecheck_ring_cases() -> list[RingCase]:
+    """Those of ``harness run racecheck``."""
+    return read_cases("kRacecheckCases")
+
+
+def read_cases(name: str) -> list[RingCase]:
+    """A list of ``harness.cu``. Raises ValueError if a line is neither a case nor a comment."""
+    lists = dict(CASES.findall((Path(__file__).parent / SOURCE).read_text()))
+    cases = []
+    for line in lists[name].splitlines():
+        match = CASE.fullmatch(line)
+        if match is not None:
+            hidden_dim, intermediate_dim, cluster_size, rows, stages, in_flight, warps = map(int, match.groups()[:7])
+            plan = Plan(
+                cluster_size,
+                rows,
+                stages,
+                in_flight,
+                warps,
+                activation_in_registers=match[8] == "Registers",
+                stagger_rows=int(match[9]),
+                weight_prefetch=match[10] == "Prefetch",
+                dependent_launch=match[11] == "1",
+            )
+            cases.append(RingCase(hidden_dim, intermediate_dim, plan))
+        elif not line.startswith("    //"):
+            raise ValueError(f"not understood in {name} of {SOURCE}: {line}")
+    return cases
+
+
 def build_harness(built_targets: Sequence[str] | None = None) -> Path:
     """Compile the launcher with the harness. Raises BuildError if that cannot be."""
     names = [name for name in package_sources().files if name.endswith((".h", ".cuh"))] + ["launcher.cu"]
@@ -52,10 +100,13 @@ def build_harness(built_targets: Sequence[str] | None = None) -> Path:
 
 
 def _only_needed(header: str) -> str:
-    def keep(match: re.Match[str]) -> str:
-        return match[0] if (int(match[1]), int(match[2])) in INSTANTIATIONS else ""
+    """The ring kernels of the cases: compiling all takes longer than running them."""
+    needed = {instantiation(case.plan, case.intermediate_dim) for case in [*ring_cases(), *racecheck_ring_cases()]}
 
-    return re.sub(r"X\((\d+), (\d+)\)", keep, header)
+    def keep(match: re.Match[str]) -> str:
+        return match[0] if tuple(int(value) for value in match.groups()) in needed else ""
+
+    return re.sub(r"X\((\d+), (\d+), (\d+)\)", keep, header)
 
 
 @functools.cache
@@ -126,6 +177,24 @@ def _races(lines: Sequence[str]) -> list[str]:
 
 
 def _access(text: str) -> str:
-    """``Read ptx::ld_shared`` from ``Read access at ptx::ld_shared(unsigned int)+0x17c0 in ptx.cuh:74``; another text as it is."""
+    """``Read f`` from ``Read access at void f<Float16, (unsigned int)1>(float (&)[8])+0x1ba0 in mlp_down.cuh:68 [8 hazards]``.
+
+    Neither the type of the result nor arguments; a text that is not of this form as it is.
+    """
     match = ACCESS.match(text)
-    return f"{match['kind']} {match['function']}" if match else text
+    name = _function_name(match["signature"]) if match else ""
+    return f"{match['kind']} {name}" if match and name else text
+
+
+def _function_name(signature: str) -> str:
+    """What stands before the parameters, which may follow template arguments with parentheses of their own; empty if that is not clear."""
+    before_parameters, depth = "", 0
+    for character in signature:
+        if character == "(" and depth == 0:
+            break
+        depth -= character == ">"
+        if depth == 0 and character != "<" and character != ">":
+            before_parameters += character
+        depth += character == "<"
+    words = before_parameters.split()
+    return words[-1] if words and depth == 0 else ""
