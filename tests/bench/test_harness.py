@@ -16,11 +16,10 @@ from mlpdown.plan import (
     BYTES_PER_ELEMENT,
     CLUSTER_SIZES,
     H200,
-    MAX_VECTORS_IN_REGISTERS,
     NUM_LANES,
     NUM_SEGMENTS,
-    ROWS_BESIDE_ACTIVATION,
     VECTOR_SIZE,
+    VECTORS_IN_REGISTERS,
     check_plan,
     instantiation,
     shared_memory_bytes,
@@ -75,7 +74,7 @@ def test_harness_wraps_ring_and_slots_in_every_cluster_size(cluster_size: int) -
     assert any(ring_wraps(case) and slots_wrap(case) for case in cases)
 
 
-@pytest.mark.parametrize("rows_per_stage", ROWS_BESIDE_ACTIVATION)
+@pytest.mark.parametrize("rows_per_stage", VECTORS_IN_REGISTERS)
 def test_harness_wraps_ring_and_slots_beside_activations_in_registers(rows_per_stage: int) -> None:
     cases = [case for case in ring_cases() if case.plan.activation_in_registers and case.plan.rows_per_stage == rows_per_stage]
     wrapping = [case for case in cases if ring_wraps(case) and slots_wrap(case)]
@@ -88,7 +87,7 @@ def test_harness_staggers_rings_that_are_prefetched() -> None:
 
 
 def test_harness_has_the_most_activations_that_fit_in_registers() -> None:
-    assert MAX_VECTORS_IN_REGISTERS in {instantiation(case.plan, case.intermediate_dim)[2] for case in ring_cases()}
+    assert max(VECTORS_IN_REGISTERS.values()) in {instantiation(case.plan, case.intermediate_dim)[2] for case in ring_cases()}
 
 
 def test_racecheck_cases_are_few_and_wrap() -> None:
