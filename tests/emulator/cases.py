@@ -45,6 +45,19 @@ def make_inputs(
     )
 
 
+def make_negative_zeros(hidden_dim: int, intermediate_dim: int) -> Inputs:
+    """Products too small for float32, which leave an accumulator of -0, and so a result of -0."""
+    tiny, negative_zero = 0x0001, 0x8000
+    return Inputs(
+        "bfloat16",
+        mlp_intermediate=np.full(intermediate_dim, tiny, np.uint16),
+        weight=np.full((hidden_dim, intermediate_dim), negative_zero | tiny, np.uint16),
+        hidden_states=np.full(hidden_dim, negative_zero, np.uint16),
+        attn_output=None,
+        bias=None,
+    )
+
+
 def expected_bits(inputs: Inputs) -> Bits:
     """The specification's result, ``[hidden_dim]``."""
     dtype = inputs.dtype

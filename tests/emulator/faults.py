@@ -7,11 +7,25 @@ from typing import Any
 
 from mlpdown.plan import Plan
 
+from .cases import make_inputs, make_negative_zeros
+from .launch import Inputs
+
 RING = Plan(4, 4, num_stages=2, stages_in_flight=2, num_consumer_warps=4)
 PREFETCH = dataclasses.replace(RING, weight_prefetch=True)
 LONE_CTA = Plan(1, 4, num_stages=2, stages_in_flight=1, num_consumer_warps=8)
 TWO_GROUPS = dataclasses.replace(LONE_CTA, num_consumer_warps=16)
+WINDOW = dataclasses.replace(LONE_CTA, stages_in_flight=2)
+STAGGERED = dataclasses.replace(LONE_CTA, stagger_rows=2)
+ACTIVATION_IN_REGISTERS = Plan(1, 2, num_stages=2, stages_in_flight=1, num_consumer_warps=8, activation_in_registers=True)
+ONE_STAGE = dataclasses.replace(ACTIVATION_IN_REGISTERS, num_stages=1)
 REGISTERS = Plan.in_registers(4)
+
+WRAPS = make_inputs(81, 200, "float16", 1)  # 21 tiles of 4 rows: the ring wraps ten times, the slots once; the last tile has one row
+FEW_ROWS = make_inputs(3, 200, "float16", 1)
+# Two vectors a lane: one lane of most segments has a second, and 6 lanes of the last segment have not even the first.
+SHORT_SEGMENT = make_inputs(5, 257 * 8, "float16", 1)
+SECOND_BATCH = make_inputs(4, 769 * 8, "float16", 1)  # likewise, but four vectors, which are more than a batch of loads
+NEGATIVE_ZEROS = make_negative_zeros(3, 264 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +38,8 @@ class Fault:
     new: str
     plan: Plan = RING
     is_partial_sums: bool = False
+    inputs: Inputs = WRAPS
+    num_clusters: int = 1
 
 
 def changed(name: str, check: str, line: str, old: str, new: str, **options: Any) -> Fault:
@@ -32,7 +48,10 @@ def changed(name: str, check: str, line: str, old: str, new: str, **options: Any
     return Fault(name, check, line, line.replace(old, new), **options)
 
 
+_INIT_FULL = "ptx::mbarrier_init(full_barriers(stage_idx), 1);"
 _INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);"
+_FENCE_FULL = f"{_INIT_FULL}\n        ptx::fence_mbarrier_init();"
+_FENCE_EMPTY = f"{_INIT_EMPTY}\n      ptx::fence_mbarrier_init();"
 _ARRIVE_AND_WAIT = "  barriers_arrive_and_wait<kClusterSize>(num_threads);\n\n  // ---- Consumers ----"
 _PRODUCER_ARRIVES = "    barriers_arrive<kClusterSize>(num_threads);\n"
 _CLUSTER_ARRIVE_AND_WAIT = "    ptx::barrier_cluster_arrive_relaxed();\n    ptx::barrier_cluster_wait();\n"
@@ -42,14 +61,32 @@ _EARLY_ARRIVAL = (
     "    ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize));\n"
     "  }\n"
 )
+_INIT_ALL_EMPTY = (
+    "#pragma unroll 1\n"
+    f"      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {_FENCE_EMPTY}\n"
+    "    }\n"
+)
+_BEFORE_ARRIVAL = (
+    f"{_INIT_ALL_EMPTY}    ptx::syncwarp();\n"
+    "    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. "
+    "This warp\n"
+    f"    // does neither, and goes on.\n{_PRODUCER_ARRIVES}"
+)
+_AFTER_ARRIVAL = f"    }}\n    ptx::syncwarp();\n{_PRODUCER_ARRIVES}    if (lane == 0) {{\n{_INIT_ALL_EMPTY}"
 _WAIT_EMPTY = "ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);"
 _WAIT_LANDING = "ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);"
-_EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(full_barriers(stage.idx), tile_rows * slice_bytes)"
-_ROW_COPY = "tile_weight + lane * problem.intermediate_dim, slice_bytes"
-_TILE_WEIGHT = "const uint16_t* const tile_weight = weight +"
-_PRODUCER_DEPENDENCE = "if (!plan.weight_prefetch) ptx::griddepcontrol_wait();"
+_EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes)"
+_ROW_COPY = "weight + row * problem.intermediate_dim, slice_bytes"
+_WEIGHT = "const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) +"
+_TILE_ROWS = "const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;"
+_FILL_AT_START = "if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();"
+_FILL_LATER = "for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {"
+_PRODUCER_DEPENDENCE = "if (stage_idx == 0 && !plan.weight_prefetch) ptx::griddepcontrol_wait();"
 _ACTIVATION_DEPENDENCE = "  if (warp_idx == kFirstConsumerWarp) {\n    ptx::griddepcontrol_wait();"
-_WAIT_ACTIVATION = "    ptx::mbarrier_wait(activation_barrier, 0);"
+_WAIT_ACTIVATION = "      ptx::mbarrier_wait(activation_barrier, 0);"
+_LOAD_DEPENDENCE = "      ptx::griddepcontrol_wait();\n      const uint32_t vector ="
+_HAS_VECTOR = "return i + 2 < kVectors || i * kNumLanes + lane < num_vectors;"
+_LOAD_WEIGHTS = "if (!has_vector<kVectors>(first + i, lane, num_vectors)) continue;"
 _WAIT_FULL = "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);"
 _WAIT_SLOT = "if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);"
 _FOLD = "const float segment_sum = fold_lanes<kRows>(sums, lane);\n\n      // Segment sums meet at the owner"
@@ -87,14 +124,35 @@ FAULTS = (
     ),
     changed("producer waits for the stage's other phase", "overwrite", _WAIT_EMPTY, " ^ 1", ""),
     changed("producer waits for the landing's other phase", "deadlock", _WAIT_LANDING, "phase", "phase ^ 1"),
+    changed(
+        "one stage too many is filled at the start",
+        "overwrite",
+        _FILL_AT_START,
+        "stage_idx < plan",
+        "stage_idx <= plan",
+        plan=LONE_CTA,
+    ),
+    changed(
+        "the tiles filled at the start are miscounted",
+        "overwrite",
+        _FILL_LATER,
+        "plan.stages_in_flight",
+        "plan.stages_in_flight - 1",
+        plan=WINDOW,
+    ),
     Fault(
-        "producer lanes do not meet after the wait", "deadlock", f"{_WAIT_EMPTY}\n      ptx::syncwarp();", _WAIT_EMPTY
+        "producer waits for a stage that is not under way",
+        "deadlock",
+        "RingPosition landing;",
+        "RingPosition landing{1};",
+        plan=LONE_CTA,
     ),
     # Arrivals
     Fault(
         "a stage is released before all lanes have read it", "overwrite", _RELEASE_STAGE, _RELEASE_STAGE.split("\n")[1]
     ),
     changed("all lanes release the stage for their warp", "overwrite", _RELEASE_STAGE, "if (lane == 0) ", ""),
+    changed("a stage expects a second producer", "deadlock", _INIT_FULL, "1", "2"),
     changed("a stage expects one warp too many", "deadlock", _INIT_EMPTY, "kSegmentsPerCta", "kSegmentsPerCta + 1"),
     changed("a stage expects one warp too few", "overwrite", _INIT_EMPTY, "kSegmentsPerCta", "kSegmentsPerCta - 1"),
     changed(
@@ -113,13 +171,35 @@ FAULTS = (
     changed("sums go to the wrong owner", "surplus bytes", "const uint32_t owner = row % kClusterSize;", "row", "(row + 1)"),
     # Start and end
     Fault(
-        "the last stage's barriers are not initialised",
+        "a stage is filled before its barrier is initialised",
         "barrier not initialised",
-        "stage_idx < plan.num_stages; ++stage_idx",
-        "stage_idx + 1 < plan.num_stages; ++stage_idx",
+        _INIT_FULL,
+        f"{_FILL_AT_START} {_INIT_FULL}",
+        plan=PREFETCH,
     ),
     Fault(
-        "barriers are initialised without the fence",
+        "the last stage's empty barrier is not initialised",
+        "barrier not initialised",
+        _INIT_EMPTY,
+        f"if (stage_idx + 1 < plan.num_stages) {_INIT_EMPTY}",
+    ),
+    Fault("a stage is filled before the fence", "barrier not visible", _FENCE_FULL, _INIT_FULL, plan=PREFETCH),
+    Fault("empty barriers are initialised without the fence", "barrier not visible", _FENCE_EMPTY, _INIT_EMPTY),
+    Fault(
+        "empty barriers are initialised after the warp has arrived",
+        "barrier not visible",
+        _BEFORE_ARRIVAL,
+        _AFTER_ARRIVAL,
+    ),
+    Fault(
+        "empty barriers of a lone CTA are initialised after the warp has arrived",
+        "barrier not visible",
+        _BEFORE_ARRIVAL,
+        _AFTER_ARRIVAL,
+        plan=LONE_CTA,
+    ),
+    Fault(
+        "the activation's barrier is initialised without the fence",
         "barrier not visible",
         "mbarrier_init(activation_barrier, 1);\n    ptx::fence_mbarrier_init();",
         "mbarrier_init(activation_barrier, 1);",
@@ -146,7 +226,7 @@ FAULTS = (
         _CLUSTER_ARRIVE_AND_WAIT,
         plan=LONE_CTA,
     ),
-    Fault("producer of a lone CTA does not arrive", "deadlock", _PRODUCER_ARRIVES, "", plan=LONE_CTA),
+    Fault("producer of a lone CTA does not arrive", "CTA barrier", _PRODUCER_ARRIVES, "", plan=LONE_CTA),
     changed(
         "the threads of a lone CTA are miscounted",
         "CTA barrier",
@@ -165,9 +245,44 @@ FAULTS = (
     changed(
         "a cluster takes a row too many",
         "out of bounds",
-        "cluster_idx < shares.num_longer ? 1 : 0",
+        "idx_in_share < share.num_longer ? 1 : 0",
         "<",
         "<=",
+    ),
+    changed(
+        "the late share begins a row early",
+        "second write",
+        "share_out_evenly(early_rows, hidden_dim - early_rows,",
+        "(early_rows,",
+        "(early_rows - 1,",
+        plan=STAGGERED,
+        num_clusters=3,
+    ),
+    changed(
+        "a cluster of the late share takes the early one's",
+        "wrong bits",
+        "cluster_idx < shares.late.first_cluster",
+        "<",
+        "<=",
+        plan=STAGGERED,
+        num_clusters=3,
+    ),
+    changed(
+        "the clusters of the late share are counted from the first of all",
+        "out of bounds",
+        "cluster_idx - share.first_cluster;",
+        " - share.first_cluster",
+        "",
+        plan=STAGGERED,
+        num_clusters=3,
+    ),
+    Fault(
+        "a cluster gives more rows than it has",
+        "out of bounds",
+        " || stagger_rows >= min_rows",
+        "",
+        plan=dataclasses.replace(STAGGERED, stagger_rows=63),
+        num_clusters=3,
     ),
     changed(
         "a group of consumers begins at another's stage",
@@ -195,8 +310,17 @@ FAULTS = (
         f"  if (lane == 0) {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }}\n  // ---- Consumers ----",
     ),
     # Addresses
-    changed("a copy takes the row below", "out of bounds", _ROW_COPY, "+ lane", "+ (lane + 1)"),
-    Fault("a copy starts one element late", "misaligned", _TILE_WEIGHT, f"{_TILE_WEIGHT} 1 +"),
+    changed("a copy takes the row below", "out of bounds", _ROW_COPY, "+ row", "+ (row + 1)"),
+    Fault("a copy starts one element late", "misaligned", _WEIGHT, f"{_WEIGHT} 1 +"),
+    changed("a copy of nothing", "misaligned", _FILL_AT_START, " && rows_left > 0", "", plan=WINDOW, inputs=FEW_ROWS),
+    changed("the last tile has all rows", "out of bounds", _TILE_ROWS, "rows_left < kRows ? rows_left : ", ""),
+    Fault("tiles are filled for ever", "out of bounds", "rows_left -= tile_rows;", ""),
+    Fault(
+        "every tile has the weights of the first",
+        "wrong bits",
+        "weight += static_cast<uint64_t>(kRows) * problem.intermediate_dim;",
+        "",
+    ),
     Fault(
         "the ring begins one row late", "out of bounds", "smem + layout.ring +", "smem + layout.ring + slice_bytes +"
     ),
@@ -230,8 +354,111 @@ FAULTS = (
         _ACTIVATION_DEPENDENCE.split("\n")[0],
         plan=PREFETCH,
     ),
+    changed(
+        "activations are loaded before the wait",
+        "early read",
+        _LOAD_DEPENDENCE,
+        "      ptx::griddepcontrol_wait();\n",
+        "",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
     Fault("epilogue reads before the wait", "early read", _EPILOGUE_DEPENDENCE, ""),
     Fault("epilogue writes before the wait", "early write", _EPILOGUE_DEPENDENCE, "", is_partial_sums=True),
+    # The activation in registers
+    changed(
+        "the ring leaves room for an activation in registers",
+        "out of bounds",
+        "const Layout layout(problem.intermediate_dim, kVectors > 0);",
+        "kVectors > 0",
+        "false",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
+    changed(
+        "lanes take the first activations of the slice",
+        "wrong bits",
+        "const uint32_t vector = slice_first_vector + first_vector + lane;",
+        " + first_vector",
+        "",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
+    changed(
+        "all lanes take the first weights of the segment",
+        "wrong bits",
+        "weight_rows[row] + (first_vector + lane) * kVectorBytes;",
+        " + lane",
+        "",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
+    changed(
+        "only the last vector of a lane can be missing",
+        "out of bounds",
+        _HAS_VECTOR,
+        "i + 2",
+        "i + 1",
+        plan=ACTIVATION_IN_REGISTERS,
+        inputs=SHORT_SEGMENT,
+    ),
+    changed(
+        "a lane has a vector of the next segment",
+        "out of bounds",
+        _HAS_VECTOR,
+        "lane <",
+        "lane <=",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
+    changed(
+        "the last vector of a segment is missing",
+        "wrong bits",
+        _HAS_VECTOR,
+        "lane <",
+        "lane + 1 <",
+        plan=ACTIVATION_IN_REGISTERS,
+    ),
+    changed(
+        "a lane's second vector is missing",
+        "wrong bits",
+        _HAS_VECTOR,
+        "i * kNumLanes + lane",
+        "2 * i * kNumLanes + lane",
+        plan=ACTIVATION_IN_REGISTERS,
+        inputs=SHORT_SEGMENT,
+    ),
+    changed(
+        "weights of a later batch are loaded by all lanes",
+        "out of bounds",
+        _LOAD_WEIGHTS,
+        "first + i",
+        "i",
+        plan=ONE_STAGE,
+        inputs=SECOND_BATCH,
+    ),
+    changed(
+        "a later batch has the weights of the first",
+        "wrong bits",
+        "(first + i) * kNumLanes * kVectorBytes",
+        "first + i",
+        "i",
+        plan=ONE_STAGE,
+        inputs=SECOND_BATCH,
+    ),
+    changed(
+        "a later batch has the activations of the first",
+        "wrong bits",
+        "activations[first + i]",
+        "first + i",
+        "i",
+        plan=ONE_STAGE,
+        inputs=SECOND_BATCH,
+    ),
+    changed(
+        "missing vectors are positive zeros",
+        "wrong bits",
+        "kTwoNegativeZeros = 0x80008000u;",
+        "0x80008000u",
+        "0",
+        plan=ACTIVATION_IN_REGISTERS,
+        inputs=NEGATIVE_ZEROS,
+    ),
     # Registers
     Fault("segment sums are added up without the barrier", "unwritten read", _BAR_SYNC, "", plan=REGISTERS),
     Fault(

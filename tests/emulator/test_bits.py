@@ -27,7 +27,15 @@ from mlpdown.plan import (
 )
 
 from .build import HERE, NATIVE
-from .cases import DTYPES, assert_same_bits, expected_bits, expected_partial_sums, make_inputs, widen
+from .cases import (
+    DTYPES,
+    assert_same_bits,
+    expected_bits,
+    expected_partial_sums,
+    make_inputs,
+    make_negative_zeros,
+    widen,
+)
 from .launch import Inputs, Kernel
 
 # From one vector a row (all segments but one are empty) to more than one for each lane of a segment.
@@ -83,18 +91,10 @@ def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_st
 
 @pytest.mark.parametrize(("rows_per_stage", "vectors"), [(1, 2), (1, 5), (1, 8), (2, 2), (2, 4)])
 def test_missing_vectors_keep_a_negative_zero(kernel: Kernel, rows_per_stage: int, vectors: int) -> None:
-    """Products too small for float32 leave an accumulator of -0. Whether a lane then has one more vector must not show."""
+    """Accumulators of -0: whether a lane then has one more vector must not show."""
     intermediate_dim = (vectors - 1) * SEGMENTS_OF_WHOLE_LANES + VECTOR_SIZE * NUM_SEGMENTS  # one lane a segment has one more
-    tiny, negative_zero = 0x0001, 0x8000
-    inputs = Inputs(
-        "bfloat16",
-        mlp_intermediate=np.full(intermediate_dim, tiny, np.uint16),
-        weight=np.full((3, intermediate_dim), negative_zero | tiny, np.uint16),
-        hidden_states=np.full(3, negative_zero, np.uint16),
-        attn_output=None,
-        bias=None,
-    )
-    assert (expected_bits(inputs) == negative_zero).all()
+    inputs = make_negative_zeros(3, intermediate_dim)
+    assert (expected_bits(inputs) == 0x8000).all()
     plan = Plan(1, rows_per_stage, 2, 1, 8, activation_in_registers=True)
     out, _ = kernel.launch(inputs, plan, seed=1)
     assert_same_bits(out, expected_bits(inputs), str(plan))
