@@ -27,7 +27,8 @@ class Case:
             if plan.rows_in_registers
             else f"clusters={self.num_clusters}x{plan.cluster_size}"
         )
-        return f"{self.hidden_dim}x{self.intermediate_dim}-{kind}-{self.dtype}"
+        activation = "-activation" if plan.activation_in_registers else ""
+        return f"{self.hidden_dim}x{self.intermediate_dim}-{kind}{activation}-{self.dtype}"
 
 
 def _cases() -> list[Case]:
@@ -42,6 +43,13 @@ def _cases() -> list[Case]:
             cases.append(Case(Plan(cluster_size, 1, 3, 1, warps_per_group), 35, 72, 1, dtype))
             # Two groups of warps.
             cases.append(Case(Plan(cluster_size, 4, 2, 2, 2 * warps_per_group), 27, 72, 1, dtype))
+        # The activation in registers, two vectors of it the second time, and with two groups of warps. Clusters that take more than others.
+        activation = Plan(1, 1, 3, 2, 8, activation_in_registers=True, stagger_rows=2)
+        cases.append(Case(activation, 37, 200, 3, dtype))
+        cases.append(Case(dataclasses.replace(activation, rows_per_stage=2, stagger_rows=0), 19, 2056, 1, dtype))
+        two_groups = dataclasses.replace(activation, rows_per_stage=2, num_stages=2, num_consumer_warps=16)
+        cases.append(Case(two_groups, 32, 200, 2, dtype))
+        cases.append(Case(Plan(2, 1, 3, 3, 4, stagger_rows=1), 56, 72, 5, dtype))
         for rows in ROWS_IN_REGISTERS:
             cases.append(Case(Plan.in_registers(rows), 2 * rows + 1, 200, 1, dtype))
     return cases
@@ -58,7 +66,8 @@ def test_ring_as_long_as_the_slots(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
-    num_tiles = -(-(case.hidden_dim // case.num_clusters) // case.plan.rows_per_stage)
+    fewest_rows = case.hidden_dim // case.num_clusters - case.plan.stagger_rows
+    num_tiles = -(-fewest_rows // case.plan.rows_per_stage)
     assert case.plan.rows_in_registers or num_tiles > 3 * case.plan.num_stages, "the ring must wrap three times"
     inputs = make_inputs(case.hidden_dim, case.intermediate_dim, case.dtype, 1)
     expected = expected_bits(inputs)
