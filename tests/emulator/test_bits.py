@@ -171,7 +171,8 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
         drawn["weight"][:, 3:] = 0
         drawn["mlp_intermediate"][3:] = 0
         inputs = Inputs(dtype, **drawn)
-        plan = Plan.in_registers(4) if seed % 2 else Plan(2, 4, 2, 2, 4)
+        plans = [Plan(2, 4, 2, 2, 4), Plan.in_registers(4), Plan(1, 2, 2, 1, 8, activation_in_registers=True)]
+        plan = plans[seed % len(plans)]
         out, _ = kernel.launch(inputs, plan, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
         tests = {"nan": np.isnan, "infinity": np.isinf, "finite": np.isfinite}
