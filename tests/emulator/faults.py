@@ -20,7 +20,7 @@ ACTIVATION_IN_REGISTERS = Plan(1, 2, num_stages=2, stages_in_flight=1, num_consu
 ONE_STAGE = dataclasses.replace(ACTIVATION_IN_REGISTERS, num_stages=1)
 REGISTERS = Plan.in_registers(4)
 
-WRAPS = make_inputs(81, 200, "float16", 1)  # 21 tiles of 4 rows: the ring wraps ten times, the slots once; the last tile has one row
+WRAPS = make_inputs(81, 200, "float16", 1)  # 21 tiles of 4 rows: the ring wraps ten times, the slots once; the last has one row
 FEW_ROWS = make_inputs(3, 200, "float16", 1)
 # Two vectors a lane: one lane of most segments has a second, and 6 lanes of the last segment have not even the first.
 SHORT_SEGMENT = make_inputs(5, 257 * 8, "float16", 1)
@@ -68,8 +68,8 @@ _INIT_ALL_EMPTY = (
 )
 _BEFORE_ARRIVAL = (
     f"{_INIT_ALL_EMPTY}    ptx::syncwarp();\n"
-    "    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. "
-    "This warp\n"
+    "    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of "
+    "the cluster. This warp\n"
     f"    // does neither, and goes on.\n{_PRODUCER_ARRIVES}"
 )
 _AFTER_ARRIVAL = f"    }}\n    ptx::syncwarp();\n{_PRODUCER_ARRIVES}    if (lane == 0) {{\n{_INIT_ALL_EMPTY}"

@@ -43,7 +43,7 @@ def _cases() -> list[Case]:
             cases.append(Case(Plan(cluster_size, 1, 3, 1, warps_per_group), 35, 72, 1, dtype))
             # Two groups of warps.
             cases.append(Case(Plan(cluster_size, 4, 2, 2, 2 * warps_per_group), 27, 72, 1, dtype))
-        # The activation in registers, two vectors of it the second time, and with two groups of warps. Clusters that take more than others.
+        # The activation in registers: one vector a lane, two vectors, two groups of warps. Clusters of unequal shares.
         activation = Plan(1, 1, 3, 2, 8, activation_in_registers=True, stagger_rows=2)
         cases.append(Case(activation, 37, 200, 3, dtype))
         cases.append(Case(dataclasses.replace(activation, rows_per_stage=2, stagger_rows=0), 19, 2056, 1, dtype))
