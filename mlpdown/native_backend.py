@@ -23,10 +23,10 @@ PLAN_MEMBERS = (
     "num_stages",
     "stages_in_flight",
     "num_consumer_warps",
-    "activation_in_registers",
-    "stagger_rows",
     "weight_prefetch",
     "dependent_launch",
+    "activation_in_registers",
+    "stagger_rows",
 )
 
 

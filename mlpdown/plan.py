@@ -35,8 +35,8 @@ BYTES_IN_FLIGHT = 32 * 2**10
 # The largest stage of more than one row. Beside an activation in registers, larger ones were slower, and a second row costs registers.
 MAX_STAGE_BYTES = 44 * 2**10
 MAX_STAGE_BYTES_BESIDE_ACTIVATION = 24 * 2**10
-# With weight prefetch and up to so many rows a CTA, the CTAs that start first take a row less: then the two of an SM do not end together.
-MAX_ROWS_TO_STAGGER = 12
+# With weight prefetch and so many rows a CTA, the first half of the grid takes a row less: then the two CTAs of an SM do not end together.
+ROWS_TO_STAGGER = (3, 12)
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10
 
@@ -95,11 +95,6 @@ class Plan:
     num_consumer_warps: int
     """Warps that sum, beside the producer and the epilogue warp, at most 16: ``8 / cluster_size`` for each group. The number of groups
     must divide ``num_stages``."""
-    activation_in_registers: bool = False
-    """Each lane keeps its part of the activation in registers, as float32, instead of reading it from shared memory for every row: for
-    clusters of one, and an ``intermediate_dim`` of up to 16384 with 1 row a stage, 8192 with 2."""
-    stagger_rows: int = 0
-    """Rows, up to 63, that each cluster of the first half of the grid takes fewer than an even share, and each of the second half more."""
     weight_prefetch: bool = False
     """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
     dependent_launch: bool = True
@@ -107,20 +102,18 @@ class Plan:
     rows_in_registers: int = 0
     """0 for the ring. 1, 2 or 4 for the kernel that lands so many rows of weights a CTA in registers; the ring's members then mean
     nothing."""
+    _: dataclasses.KW_ONLY
+    activation_in_registers: bool = False
+    """Each lane keeps its part of the activation in registers, as float32, instead of reading it from shared memory for every row: for
+    clusters of one, and an ``intermediate_dim`` of up to 16384 with 1 row a stage, 8192 with 2."""
+    stagger_rows: int = 0
+    """Rows, up to 63, that each cluster of the first half of the grid takes fewer than an even share rounded down. The second half shares
+    out the rest."""
 
     @classmethod
     def in_registers(cls, rows: int, *, weight_prefetch: bool = False, dependent_launch: bool = True) -> Plan:
         """A plan for the kernel that lands ``rows`` (1, 2 or 4) rows a CTA in registers."""
-        return cls(
-            1,
-            1,
-            1,
-            1,
-            NUM_SEGMENTS,
-            weight_prefetch=weight_prefetch,
-            dependent_launch=dependent_launch,
-            rows_in_registers=rows,
-        )
+        return cls(1, 1, 1, 1, NUM_SEGMENTS, weight_prefetch, dependent_launch, rows)
 
 
 def instantiation(plan: Plan, intermediate_dim: int) -> tuple[int, int, int]:
@@ -207,8 +200,9 @@ def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weigh
             continue
         # Of two CTAs an SM, and with rings long enough to run ahead of the other half.
         may_stagger = weight_prefetch and ctas_per_sm == 2 and ring.rows_per_stage == 1 and ring.num_stages > 2 * ring.stages_in_flight
-        few_rows = hidden_dim <= MAX_ROWS_TO_STAGGER * 2 * device.num_sms
-        return dataclasses.replace(ring, stagger_rows=int(may_stagger and few_rows), weight_prefetch=weight_prefetch)
+        fewest, most = (rows * 2 * device.num_sms for rows in ROWS_TO_STAGGER)
+        stagger_rows = int(may_stagger and fewest <= hidden_dim <= most)
+        return dataclasses.replace(ring, stagger_rows=stagger_rows, weight_prefetch=weight_prefetch)
     # Two stages of a single row do not fit: registers, which need no shared memory for weights.
     return Plan.in_registers(1, weight_prefetch=weight_prefetch)
 
@@ -230,7 +224,8 @@ def _ring(cluster_size: int, intermediate_dim: int, limit: int) -> Plan | None:
         for num_stages in range(MAX_STAGES, 1, -1):
             # What is not in flight is being summed: one stage at the least, and half of the longest ring.
             stages_in_flight = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1, MAX_STAGES // 2)
-            plan = Plan(cluster_size, rows, num_stages, stages_in_flight, NUM_SEGMENTS // cluster_size, in_registers)
+            warps = NUM_SEGMENTS // cluster_size
+            plan = Plan(cluster_size, rows, num_stages, stages_in_flight, warps, activation_in_registers=in_registers)
             if shared_memory_bytes(plan, intermediate_dim) <= limit:
                 return plan
     return None

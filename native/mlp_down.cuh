@@ -4,7 +4,7 @@
 //     weight rows  --bulk copies-->  ring of stages --consumer warps--> segment sums --st.async--> partials --epilogue warp--> out
 //                                                                     (a cluster of one: st.shared)
 //
-// A cluster of kClusterSize CTAs takes a balanced range of rows and walks it in tiles of kRows. Each CTA holds a slice of the reduction
+// A cluster of kClusterSize CTAs takes a range of rows (shares.h) and walks it in tiles of kRows. Each CTA holds a slice of the reduction
 // axis: kNumSegments / kClusterSize whole segments. Within a tile, row r belongs to CTA r % kClusterSize, its owner, to which all ranks
 // send their segment sums. (With fewer rows in a tile than CTAs in the cluster, the last ranks own nothing.)
 //
@@ -12,9 +12,9 @@
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
 //   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ...
 //
-// The activation is the same for all rows. Lanes keep their own kVectors of it in registers, converted once, where they have room for it: that
-// halves both what is read from shared memory and what is converted, and leaves the room to the ring. With kVectors 0, the first consumer
-// warp brings the slice into shared memory.
+// The activation is the same for all rows. Lanes keep their own kVectors of it in registers, converted once, where they have room for it: with
+// one row a stage that halves both what is read from shared memory and what is converted, and it leaves the room to the ring. With kVectors 0,
+// the first consumer warp brings the slice into shared memory.
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights

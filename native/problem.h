@@ -19,18 +19,19 @@ struct MlpDownProblem {
   int is_partial_sums;  // steps 1 to 7 of the canonical order alone: out = weight @ mlp_intermediate in float32, unrounded
 };
 
-// How fast, never what: mlpdown/plan.py says what each member is for and chooses it.
+// How fast, never what: mlpdown/plan.py says what each member is for and chooses it. New members go to the end: a program that torch.export
+// has saved holds its plans as the numbers that native/op.cpp unpacks.
 struct MlpDownPlan {
-  unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the next seven mean nothing
+  unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the ring's members mean nothing
   unsigned int cluster_size;
   unsigned int rows_per_stage;
   unsigned int num_stages;
   unsigned int stages_in_flight;
   unsigned int num_consumer_warps;
-  int activation_in_registers;
-  unsigned int stagger_rows;
   int weight_prefetch;
   int dependent_launch;
+  int activation_in_registers;
+  unsigned int stagger_rows;
 };
 
 // A share of the rows, from first_row on, for the clusters from first_cluster on: each takes min_rows, and the first num_longer one more.
@@ -41,7 +42,7 @@ struct MlpDownShare {
   unsigned int num_longer;
 };
 
-// How the launcher shares out the rows. The clusters of the first share start first, and with plan->stagger_rows end first.
+// How the launcher shares out the rows: early goes to the first clusters of the grid, which the device starts first.
 struct MlpDownShares {
   struct MlpDownShare early;
   struct MlpDownShare late;

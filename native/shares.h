@@ -14,8 +14,8 @@ inline MlpDownShare share_out_evenly(unsigned int first_row, unsigned int num_ro
   return {first_cluster, first_row, num_rows / num_clusters, num_rows % num_clusters};
 }
 
-// Even shares; with stagger_rows, so many rows fewer for each cluster of the first half, which the second half takes. Without as many rows a
-// cluster to begin with, or a second half, there is no stagger.
+// Even shares. With stagger_rows, each cluster of the first half takes so many rows fewer than an even share rounded down, and the second half
+// shares out the rest. If that would leave the first half without rows, or there is no second half, there is no stagger.
 inline MlpDownShares share_out(unsigned int hidden_dim, unsigned int num_clusters, unsigned int stagger_rows) {
   const unsigned int num_early = num_clusters / 2;
   const unsigned int min_rows = hidden_dim / num_clusters;

@@ -166,6 +166,16 @@ def test_as_many_ctas_share_an_sm_as_plans_count_on(built: library.LibraryInfo, 
     assert max(plan.CTAS_PER_SM) in counted_on, "the shapes no longer show what this test is about"
 
 
+def test_activations_in_registers_leave_room_for_two_ctas(built: library.LibraryInfo) -> None:
+    """On every target, for every number of vectors: no later compiler may halve the occupancy unseen."""
+    num_threads = (plan.NUM_SEGMENTS + NUM_OTHER_WARPS) * 32
+    names = {f"mlp_down<{dtype}, {c}, {r}, {v}>" for dtype in ("Float16", "BFloat16") for c, r, v in plan.instantiations() if v > 0}
+    kernels = [kernel for kernel in built.manifest.kernels if kernel["kernel"] in names]
+    assert {kernel["kernel"] for kernel in kernels} == names
+    for kernel in kernels:
+        assert 2 * num_threads * -(-kernel["registers"] // 8) * 8 <= REGISTERS_PER_SM, kernel
+
+
 def test_library_carries_ptx_for_what_comes_next(built: library.LibraryInfo) -> None:
     command = [str(tools_folder() / "cuobjdump"), "-lptx", str(built.path)]
     listing = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -62,7 +62,8 @@ def test_plan_is_packed_as_the_op_unpacks_it() -> None:
     body = header.partition("struct MlpDownPlan {")[2].partition("};")[0]
     names = re.findall(r"^ +(?:unsigned )?int (\w+);", body, re.MULTILINE)
     assert len(names) == len(dataclasses.fields(Plan))
-    for plan in (Plan(4, 1, 4, 3, 8), Plan(8, 4, 32, 16, 16, True, True, 4), Plan.in_registers(2, weight_prefetch=True)):
+    activation = Plan(1, 1, 5, 2, 8, activation_in_registers=True, stagger_rows=63)
+    for plan in (Plan(4, 1, 4, 3, 8), Plan(8, 4, 32, 16, 16, True, True, 4), Plan.in_registers(2, weight_prefetch=True), activation):
         packed, values = native_backend.pack_plan(plan), {}
         for name in names:
             packed, values[name] = divmod(packed, 1 << native_backend.BITS_PER_PLAN_MEMBER)

@@ -180,6 +180,8 @@ def test_only_prefetch_staggers_the_shares() -> None:
         assert choose_plan(hidden_dim, intermediate_dim, H200).stagger_rows == 0
     assert choose_plan(2560, 10240, H200, weight_prefetch=True).stagger_rows == 1
     assert choose_plan(4096, 11008, H200, weight_prefetch=True).stagger_rows == 0, "many rows a CTA end at many times anyway"
+    assert choose_plan(792, 10240, H200, weight_prefetch=True).stagger_rows == 1
+    assert choose_plan(791, 10240, H200, weight_prefetch=True).stagger_rows == 0, "a row of three is too much"
 
 
 def test_plan_too_large_for_the_device_says_by_how_much() -> None:
@@ -245,28 +247,28 @@ class NativePlan(ctypes.Structure):
         ("num_stages", ctypes.c_uint),
         ("stages_in_flight", ctypes.c_uint),
         ("num_consumer_warps", ctypes.c_uint),
-        ("activation_in_registers", ctypes.c_int),
-        ("stagger_rows", ctypes.c_uint),
         ("weight_prefetch", ctypes.c_int),
         ("dependent_launch", ctypes.c_int),
+        ("activation_in_registers", ctypes.c_int),
+        ("stagger_rows", ctypes.c_uint),
     ]
 
 
 @pytest.mark.parametrize(
     ("intermediate_dim", "native_plan", "words"),
     [
-        ((1 << 24) - 8, (0, 1, 4, 16, 1, 8, 0, 0, 0, 1), b"more shared memory a block than any device has"),
-        (2**21, (0, 1, 4, 16, 1, 8, 0, 0, 0, 1), b"more shared memory a block than any device has"),
-        (2048, (0, 3, 1, 1, 1, 8, 0, 0, 0, 1), b"not compiled in"),
-        (2048, (3, 1, 1, 1, 1, 8, 0, 0, 0, 1), b"not compiled in"),
-        (2048, (0, 1, 3, 1, 1, 8, 0, 0, 0, 1), b"not compiled in"),
-        (2048, (0, 2, 1, 2, 1, 4, 1, 0, 0, 1), b"not compiled in"),
-        (16392, (0, 1, 1, 2, 1, 8, 1, 0, 0, 1), b"not compiled in"),
-        (2048, (0, 1, 1, 17, 1, 8, 0, 0, 0, 1), b"num_stages must be in 1..16"),
-        (2048, (0, 1, 1, 2, 3, 8, 0, 0, 0, 1), b"stages_in_flight in 1..num_stages"),
-        (2048, (0, 8, 1, 3, 1, 2, 0, 0, 0, 1), b"times a divisor of num_stages"),
-        (2048, (0, 1, 1, 1, 1, 12, 0, 0, 0, 1), b"times a divisor of num_stages"),
-        (2044, (0, 1, 1, 1, 1, 8, 0, 0, 0, 1), b"multiple of 8"),
+        ((1 << 24) - 8, (0, 1, 4, 16, 1, 8, 0, 1, 0, 0), b"more shared memory a block than any device has"),
+        (2**21, (0, 1, 4, 16, 1, 8, 0, 1, 0, 0), b"more shared memory a block than any device has"),
+        (2048, (0, 3, 1, 1, 1, 8, 0, 1, 0, 0), b"not compiled in"),
+        (2048, (3, 1, 1, 1, 1, 8, 0, 1, 0, 0), b"not compiled in"),
+        (2048, (0, 1, 3, 1, 1, 8, 0, 1, 0, 0), b"not compiled in"),
+        (2048, (0, 2, 1, 2, 1, 4, 0, 1, 1, 0), b"not compiled in"),
+        (16392, (0, 1, 1, 2, 1, 8, 0, 1, 1, 0), b"not compiled in"),
+        (2048, (0, 1, 1, 17, 1, 8, 0, 1, 0, 0), b"num_stages must be in 1..16"),
+        (2048, (0, 1, 1, 2, 3, 8, 0, 1, 0, 0), b"stages_in_flight in 1..num_stages"),
+        (2048, (0, 8, 1, 3, 1, 2, 0, 1, 0, 0), b"times a divisor of num_stages"),
+        (2048, (0, 1, 1, 1, 1, 12, 0, 1, 0, 0), b"times a divisor of num_stages"),
+        (2044, (0, 1, 1, 1, 1, 8, 0, 1, 0, 0), b"multiple of 8"),
     ],
 )
 def test_launcher_refuses_what_the_kernel_cannot_run(

@@ -73,8 +73,10 @@ class LoopModel:
         frequencies = ROTARY_BASE ** -(
             torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
         )
-        angles = torch.arange(max_length, device=device)[:, None] * torch.cat((frequencies, frequencies))
-        self.cosine, self.sine = angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = torch.arange(max_length, device=device)[:, None] * frequencies
+        # [max_length, 1, 1, rotary_dim]: the same for every head, for query and key. The first half of a pair is turned by minus the sine.
+        self.cosine = torch.cat((angles.cos(), angles.cos()), dim=-1).to(dtype)[:, None, None]
+        self.sine = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(dtype)[:, None, None]
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, position: int, mlp_down: MLPDownFunction) -> torch.Tensor:
@@ -94,17 +96,13 @@ class LoopModel:
         hidden_states = F.embedding(tokens, self.embedding)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             normed = F.layer_norm(hidden_states, (hidden_dim,), *layer.input_layernorm, LAYER_NORM_EPSILON)
-            query_key_value = (
-                F.linear(normed, *layer.query_key_value).view(-1, self.num_heads, 3 * self.head_dim).transpose(0, 1)
-            )
-            query, key, value = query_key_value.chunk(3, dim=-1)
-            cache[0, :, position:end] = self._rotate(key, cosine, sine)
-            cache[1, :, position:end] = value
+            # [num_tokens, num_heads, query or key or value, head_dim]
+            query_key_value = F.linear(normed, *layer.query_key_value).view(-1, self.num_heads, 3, self.head_dim)
+            self._rotate(query_key_value[:, :, :2, : self.rotary_dim], cosine, sine)
+            by_head = query_key_value.permute(2, 1, 0, 3)
+            cache[:, :, position:end] = by_head[1:]
             attended = F.scaled_dot_product_attention(
-                self._rotate(query, cosine, sine)[None],
-                cache[None, 0, :, :end],
-                cache[None, 1, :, :end],
-                is_causal=tokens.shape[0] > 1,
+                by_head[None, 0], cache[None, 0, :, :end], cache[None, 1, :, :end], is_causal=tokens.shape[0] > 1
             )
             attn_output = F.linear(attended[0].transpose(0, 1).reshape(-1, hidden_dim), *layer.attention_dense)
             normed = F.layer_norm(hidden_states, (hidden_dim,), *layer.post_attention_layernorm, LAYER_NORM_EPSILON)
@@ -113,8 +111,7 @@ class LoopModel:
         hidden_states = F.layer_norm(hidden_states, (hidden_dim,), *self.final_norm, LAYER_NORM_EPSILON)
         return F.linear(hidden_states, self.output_embedding)
 
-    def _rotate(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        """Rotary position embedding of the first ``rotary_dim`` elements of each head (J. Su et al., "RoFormer", 2021)."""
-        turned, kept = states[..., : self.rotary_dim], states[..., self.rotary_dim :]
-        first, second = turned.chunk(2, dim=-1)
-        return torch.cat((turned * cosine + torch.cat((-second, first), dim=-1) * sine, kept), dim=-1)
+    def _rotate(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Rotary position embedding, in place (J. Su et al., "RoFormer", 2021)."""
+        halves_exchanged = states.roll(self.rotary_dim // 2, -1)
+        states.mul_(cosine).addcmul_(halves_exchanged, sine)

@@ -46,7 +46,8 @@ def grid(shape: Shape, device: Device) -> list[Plan]:
     to two, of which one, 20, 40, 80 KB a CTA, or all are in flight; and with shares staggered by a row."""
     plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
     for cluster_size, rows, num_groups, in_registers in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS, (False, True)):
-        ring = Plan(cluster_size, rows, 2, 1, NUM_SEGMENTS // cluster_size * num_groups, in_registers)
+        num_warps = NUM_SEGMENTS // cluster_size * num_groups
+        ring = Plan(cluster_size, rows, 2, 1, num_warps, activation_in_registers=in_registers)
         stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
         for num_stages in _stage_counts(ring, num_groups, shape, device):
             fewest = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1)

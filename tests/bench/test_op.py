@@ -118,8 +118,9 @@ def test_sweep_varies_what_a_ring_has() -> None:
 
 
 def test_table_of_a_sweep_names_ring_and_registers() -> None:
+    ring = Plan(1, 1, 10, 4, 8, activation_in_registers=True, stagger_rows=1)
     rows = [
-        {"plan": dataclasses.asdict(Plan(1, 1, 10, 4, 8, True, 1)), "isolated": [15.0], "chained": [12.5]},
+        {"plan": dataclasses.asdict(ring), "isolated": [15.0], "chained": [12.5]},
         {"plan": dataclasses.asdict(Plan.in_registers(4)), "error": "plan: not one cluster"},
     ]
     table = sweep_plans.table(rows, "title")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -95,8 +96,9 @@ def test_activation_in_registers(vectors: int, intermediate_dim: int, kind: str,
     assert plans.vectors_per_lane(intermediate_dim) == vectors
     for rows_per_stage, most in plans.VECTORS_IN_REGISTERS.items():
         if vectors <= most:
-            for num_groups, stagger_rows in ((1, 0), (2, 1)):
-                ring = Plan(1, rows_per_stage, 4, 2, 8 * num_groups, True, stagger_rows, weight_prefetch=stagger_rows > 0)
+            one_group = Plan(1, rows_per_stage, 4, 2, 8, activation_in_registers=True)
+            staggered = dataclasses.replace(one_group, num_consumer_warps=16, weight_prefetch=True, stagger_rows=1)
+            for ring in (one_group, staggered):
                 check_native(1027, intermediate_dim, dtype, kind, ring)
 
 

@@ -29,6 +29,15 @@ def _ring(cluster_size: int) -> Plan:
     return Plan(cluster_size, 1, num_stages=3, stages_in_flight=2, num_consumer_warps=NUM_SEGMENTS // cluster_size)
 
 
+# The activation in shared memory, in registers, and there with two groups of warps; weights in registers.
+KERNELS = [
+    *(_ring(size) for size in CLUSTER_SIZES),
+    dataclasses.replace(_ring(1), activation_in_registers=True),
+    Plan(1, 1, num_stages=4, stages_in_flight=2, num_consumer_warps=16, activation_in_registers=True, stagger_rows=1),
+    *map(Plan.in_registers, ROWS_IN_REGISTERS),
+]
+
+
 class Alternating:
     """Two calls that differ in one input, which a writer exchanges before each call."""
 
@@ -103,7 +112,7 @@ def test_prefetch_reads_nothing_early_but_the_weight(name: str, record_property:
     assert (wrong_calls, wrong_elements) == (0, 0)
 
 
-@pytest.mark.parametrize("plan", [*(_ring(size) for size in CLUSTER_SIZES), *map(Plan.in_registers, ROWS_IN_REGISTERS)], ids=str)
+@pytest.mark.parametrize("plan", KERNELS, ids=str)
 def test_weight_written_just_before_the_call_under_every_kernel(plan: Plan) -> None:
     def call(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
         return mlpdown.run(**arguments, backend="native", plan=plan)
@@ -111,11 +120,11 @@ def test_weight_written_just_before_the_call_under_every_kernel(plan: Plan) -> N
     assert Alternating("weight").run(call, NUM_CALLS // 20) == (0, 0)
 
 
-@pytest.mark.parametrize("rows", ROWS_IN_REGISTERS)
+@pytest.mark.parametrize("plan", KERNELS, ids=str)
 @pytest.mark.parametrize("name", ["mlp_intermediate", "hidden_states"])
-def test_prefetch_into_registers_reads_nothing_early_but_the_weight(rows: int, name: str) -> None:
+def test_prefetch_reads_nothing_early_but_the_weight_under_every_kernel(name: str, plan: Plan) -> None:
     def call(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
-        return mlpdown.run(**arguments, backend="native", plan=Plan.in_registers(rows, weight_prefetch=True))
+        return mlpdown.run(**arguments, backend="native", plan=dataclasses.replace(plan, weight_prefetch=True))
 
     assert Alternating(name).run(call, NUM_CALLS // 20) == (0, 0)
 
