@@ -90,14 +90,14 @@ MLPDOWN_DEVICE bool has_vector(uint32_t i, uint32_t lane, uint32_t num_vectors) 
 // with a weight of 0 can be added to any sum, -0 too, and changes none. That costs less than lanes that part.
 template <class DType, uint32_t kVectors>
 MLPDOWN_DEVICE void load_activations(const uint16_t* source, uint32_t lane, uint32_t num_vectors, float (&activations)[kVectors][kVectorSize]) {
-  constexpr uint32_t kTwoNegativeZeros = 0x80008000u;
+  constexpr ptx::Vector kNegativeZeros = {{0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u}};
   constexpr uint32_t kBatch = kVectors < 8 ? kVectors : 4;  // as many as the registers hold beside the result
 #pragma unroll
   for (uint32_t first = 0; first < kVectors; first += kBatch) {
     ptx::Vector vectors[kBatch];
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
-      vectors[i] = {{kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros, kTwoNegativeZeros}};
+      vectors[i] = kNegativeZeros;
       if (has_vector<kVectors>(first + i, lane, num_vectors)) vectors[i] = ptx::ld_global_vector(source + (first + i) * kNumLanes * kVectorSize);
     }
 #pragma unroll

@@ -112,7 +112,9 @@ MLPDOWN_DEVICE void mbarrier_init(SharedAddress barrier, uint32_t num_arrivals) 
 }
 
 // Makes this thread's mbarrier_init visible to the copy engine and, with the cluster barrier that follows, to the cluster.
-MLPDOWN_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+MLPDOWN_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // One arrival. Releases this thread's accesses to whoever waits for the phase, within the CTA.
 MLPDOWN_DEVICE void mbarrier_arrive(SharedAddress barrier) {

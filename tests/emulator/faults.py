@@ -453,9 +453,9 @@ FAULTS = (
     changed(
         "missing vectors are positive zeros",
         "wrong bits",
-        "kTwoNegativeZeros = 0x80008000u;",
-        "0x80008000u",
-        "0",
+        "constexpr ptx::Vector kNegativeZeros = {{0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u}};",
+        "{{0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u}}",
+        "{{0, 0, 0, 0}}",
         plan=ACTIVATION_IN_REGISTERS,
         inputs=NEGATIVE_ZEROS,
     ),
