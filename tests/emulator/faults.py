@@ -444,7 +444,7 @@ FAULTS = (
     changed(
         "a later batch has the activations of the first",
         "wrong bits",
-        "activations[first + i]",
+        "accumulate<DType>(weights[row][i], activations[first + i], accumulators[row]);",
         "first + i",
         "i",
         plan=ONE_STAGE,
