@@ -30,7 +30,8 @@ SMALL_WEIGHT_BYTES = 16 * 2**20
 SMALL_PREFETCHED_BYTES = 8 * 2**20
 # How many CTAs share an SM, the better first: while one starts, ends or sums, memory works for the other.
 CTAS_PER_SM = (2, 1)
-# Under way for each CTA: with two CTAs an SM enough to keep memory busy. More only makes all that is asked for later.
+# Under way for each CTA: with two CTAs an SM enough to keep memory busy. More only makes all that is asked for later. Half of it where
+# stages of two rows are prefetched: weights of 8 to 23 MB, which are over before the queue would have emptied.
 BYTES_IN_FLIGHT = 32 * 2**10
 # The largest stage of more than one row. Beside an activation in registers, larger ones were slower, and a second row costs registers.
 MAX_STAGE_BYTES = 44 * 2**10
@@ -195,7 +196,7 @@ def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weigh
     if weight_bytes < (SMALL_PREFETCHED_BYTES if weight_prefetch else SMALL_WEIGHT_BYTES):
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
     for ctas_per_sm, cluster_size in itertools.product(CTAS_PER_SM, CLUSTER_SIZES):
-        ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm))
+        ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), weight_prefetch)
         if ring is None:
             continue
         # Of two CTAs an SM, and with rings long enough to run ahead of the other half.
@@ -212,7 +213,7 @@ def _share(device: Device, ctas_per_sm: int) -> int:
     return (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // ctas_per_sm - RESERVED_BYTES_PER_CTA
 
 
-def _ring(cluster_size: int, intermediate_dim: int, limit: int) -> Plan | None:
+def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool) -> Plan | None:
     """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
     vectors = vectors_per_lane(intermediate_dim)
     in_registers = cluster_size == 1 and vectors <= VECTORS_IN_REGISTERS[1]
@@ -221,9 +222,10 @@ def _ring(cluster_size: int, intermediate_dim: int, limit: int) -> Plan | None:
         stage_bytes = rows * _slice_bytes(cluster_size, intermediate_dim)
         if rows > 1 and (stage_bytes > max_stage_bytes or (in_registers and vectors > VECTORS_IN_REGISTERS.get(rows, 0))):
             continue
+        bytes_in_flight = BYTES_IN_FLIGHT // 2 if weight_prefetch and in_registers and rows > 1 else BYTES_IN_FLIGHT
         for num_stages in range(MAX_STAGES, 1, -1):
             # What is not in flight is being summed: one stage at the least, and half of the longest ring.
-            stages_in_flight = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1, MAX_STAGES // 2)
+            stages_in_flight = min(-(-bytes_in_flight // stage_bytes), num_stages - 1, MAX_STAGES // 2)
             warps = NUM_SEGMENTS // cluster_size
             plan = Plan(cluster_size, rows, num_stages, stages_in_flight, warps, activation_in_registers=in_registers)
             if shared_memory_bytes(plan, intermediate_dim) <= limit:

@@ -199,5 +199,5 @@ STAGES = {
     ),
     "tests": _pytest_stage(150, "-n", str(MAX_TEST_PROCESSES), f"--ignore={HAZARD_TESTS}", f"--ignore={SANITIZER_TESTS}", "tests"),
     "hazard": _pytest_stage(90, HAZARD_TESTS),
-    "sanitizers": _pytest_stage(240, SANITIZER_TESTS),
+    "sanitizers": _pytest_stage(300, SANITIZER_TESTS),
 }

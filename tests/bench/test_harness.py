@@ -99,10 +99,11 @@ def test_racecheck_cases_are_few_and_wrap() -> None:
     assert any(staggers(case) for case in cases)
 
 
-def test_racecheck_has_time_for_its_cases() -> None:
+def test_racecheck_has_time_for_each_of_its_cases() -> None:
     # The slowest case timed on an H200, of rings of two stages: 12 s for two calls of 10 MiB.
-    seconds = sum(case.hidden_dim * case.intermediate_dim * BYTES_PER_ELEMENT for case in racecheck_ring_cases()) / MIB * 12 / 20
-    assert seconds < harness.RACECHECK_LIMIT_SECONDS / 2
+    for case in racecheck_ring_cases():
+        seconds = case.hidden_dim * case.intermediate_dim * BYTES_PER_ELEMENT / MIB * 12 / 20
+        assert seconds < harness.RACECHECK_LIMIT_SECONDS / 2, case
 
 
 def test_a_line_that_is_no_case_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

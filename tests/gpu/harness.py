@@ -15,11 +15,11 @@ from pathlib import Path
 from mlpdown.bench.cuda_program import compile_cuda
 from mlpdown.build.sources import package_sources
 from mlpdown.build.toolchain import find_toolchain
-from mlpdown.plan import Plan, instantiation
+from mlpdown.plan import ROWS_IN_REGISTERS, Plan, instantiation
 
 SOURCE = "harness.cu"
 RUN_LIMIT_SECONDS = 60
-RACECHECK_LIMIT_SECONDS = 120  # it follows every byte of shared memory, and every look at a barrier
+RACECHECK_LIMIT_SECONDS = 30  # a case: it follows every byte of shared memory, and every look at a barrier
 # A list of ring cases in harness.cu, and a case there.
 CASES = re.compile(r"^const TestCase (\w+)\[\] = \{\n(.*?)^\};$", re.MULTILINE | re.DOTALL)
 CASE = re.compile(
@@ -61,8 +61,13 @@ def ring_cases() -> list[RingCase]:
 
 
 def racecheck_ring_cases() -> list[RingCase]:
-    """Those of ``harness run racecheck``."""
+    """The first of ``harness racecheck NUMBER``."""
     return read_cases("kRacecheckCases")
+
+
+def num_racecheck_cases() -> int:
+    """The numbers of ``harness racecheck NUMBER`` are below this: ring cases, and one for each number of rows in registers."""
+    return len(racecheck_ring_cases()) + len(ROWS_IN_REGISTERS)
 
 
 def read_cases(name: str) -> list[RingCase]:
