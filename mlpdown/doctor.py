@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .build import BuildError
+from .plan import MINIMUM_COMPUTE_CAPABILITY
 
 PACKAGES = ("mlpdown", "torch", "numpy", "numba", "numba-cuda", "ninja", "transformers", "safetensors")
 # All that mlpdown reads, and what it looks at because everybody does.
@@ -264,7 +265,7 @@ def _problems(findings: Findings) -> list[str]:
     problems = []
     backends, gpus = findings["backends"], findings["gpus"]
     if isinstance(gpus, list) and "error" not in backends:
-        able = [gpu for gpu in gpus if tuple(map(int, gpu["compute_capability"].split("."))) >= (9, 0)]
+        able = [gpu for gpu in gpus if tuple(map(int, gpu["compute_capability"].split("."))) >= MINIMUM_COMPUTE_CAPABILITY]
         if able and not backends["native"]["available"]:
             problems.append(f"{able[0]['name']} could run the native backend, but: {backends['native']['reason']}")
         if not able and findings["driver"].get("version") and findings["versions"].get("torch_cuda") is None:

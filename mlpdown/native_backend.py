@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from .plan import Device, Plan, check_plan, choose_plan
-
-MINIMUM_COMPUTE_CAPABILITY = (9, 0)
+from .plan import MINIMUM_COMPUTE_CAPABILITY, Device, Plan, check_plan, choose_plan
 
 # The op takes its plan as one number (native/op.cpp unpacks it): so many bits for each of these, the first one lowest. They are the members
 # of MlpDownPlan (native/problem.h), in its order. To torch, every number of a call is another argument to look at: one for each member took

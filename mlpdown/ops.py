@@ -42,7 +42,7 @@ def run(
         mlp_intermediate: ``[..., intermediate_dim]``, the activation, for the same number of tokens.
         weight: ``[hidden_dim, intermediate_dim]``, row-major; ``intermediate_dim`` a multiple of 8.
         bias: ``[hidden_dim]`` or None.
-        backend: ``"native"`` (one token, CUDA tensors, compute capability 9.0 or newer), ``"numba"`` (the specification, CPU or CUDA),
+        backend: ``"native"`` (one token, CUDA tensors, compute capability 8.0 or newer), ``"numba"`` (the specification, CPU or CUDA),
             ``"torch"``, or ``"auto"``: native where it can run, else torch. A named backend runs or raises.
         out: where to write the result; contiguous, apart from every input.
         plan: how the native kernel is to run; by default chosen from the shape and the device. Never changes a bit.

@@ -15,6 +15,11 @@ NUM_LANES = 32
 VECTOR_SIZE = 8
 BYTES_PER_ELEMENT = 2
 
+# The oldest GPUs that the native kernels are built for, and the oldest that have what the ring is made of. Older ones than that get
+# weights in registers, without dependent launch.
+MINIMUM_COMPUTE_CAPABILITY = (8, 0)
+RING_COMPUTE_CAPABILITY = (9, 0)
+
 CLUSTER_SIZES = (1, 2, 4, 8)
 ROWS_PER_STAGE = (1, 2, 4)
 ROWS_IN_REGISTERS = (1, 2, 4)
@@ -99,7 +104,8 @@ class Plan:
     weight_prefetch: bool = False
     """Fill the ring before earlier kernels have finished. Only for a weight that no kernel of the stream may still be writing."""
     dependent_launch: bool = True
-    """Start while the kernel before is still draining (programmatic dependent launch). Safe always: reads wait for that kernel."""
+    """Start while the kernel before is still draining (programmatic dependent launch), on GPUs of compute capability 9.0 and newer. Safe
+    always: reads wait for that kernel."""
     rows_in_registers: int = 0
     """0 for the ring. 1, 2 or 4 for the kernel that lands so many rows of weights a CTA in registers; the ring's members then mean
     nothing."""
@@ -161,6 +167,11 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
             raise ValueError(f"plan.{name} must be {expected}, got {value!r}")
     if plan.rows_in_registers:
         return
+    if device.compute_capability < RING_COMPUTE_CAPABILITY:
+        raise ValueError(
+            f"plan.rows_in_registers must be one of {list(ROWS_IN_REGISTERS)} on {device.name}: the ring needs compute capability 9.0 or "
+            "newer"
+        )
     if instantiation(plan, intermediate_dim) not in instantiations():
         longest = {rows: vectors * NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE for rows, vectors in VECTORS_IN_REGISTERS.items()}
         reach = " or ".join(f"rows_per_stage {rows} and intermediate_dim up to {dim}" for rows, dim in longest.items())
@@ -189,9 +200,12 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
     """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
 
-    A small weight is over before a ring is set up: registers. For the others the ring, with as many CTAs on an SM and in as small a
-    cluster as leaves each two stages (more where rows are short), and the activation in registers as far as these reach.
+    A small weight is over before a ring is set up: registers, as for all on GPUs that have no rings. For the others the ring, with as many
+    CTAs on an SM and in as small a cluster as leaves each two stages (more where rows are short), and the activation in registers as far
+    as these reach.
     """
+    if device.compute_capability < RING_COMPUTE_CAPABILITY:
+        return Plan.in_registers(4, weight_prefetch=weight_prefetch)
     weight_bytes = hidden_dim * intermediate_dim * BYTES_PER_ELEMENT
     if weight_bytes < (SMALL_PREFETCHED_BYTES if weight_prefetch else SMALL_WEIGHT_BYTES):
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)

@@ -15,6 +15,7 @@
 namespace {
 
 constexpr unsigned long kMostSharedMemoryBytes = 1ul << 28;
+constexpr int kFirstPtxVersionOfRing = 90;  // as ptx.cuh has it
 
 // A message for the caller.
 int fail(char* error, size_t error_size, const char* what, const char* detail) {
@@ -133,27 +134,36 @@ int shape_registers(const MlpDownProblem& problem, const MlpDownPlan& plan, Shap
   return 0;
 }
 
-// Checks that the current device can take the shape, prepares the kernel there, and counts the clusters that are resident at once. The
-// device is asked once for each kernel and size.
-int prepare(const Shape& shape, unsigned int* max_active_clusters, char* error, size_t error_size) {
+// What the current device says of a kernel.
+struct Prepared {
+  unsigned int max_active_clusters = 0;  // resident at once; of the registers kernel, CTAs an SM
+  bool has_dependent_launch = false;     // its code waits for earlier kernels by itself
+};
+
+// Checks that the current device can take the shape, and prepares the kernel there. The device is asked once for each kernel and size.
+int prepare(const Shape& shape, Prepared* prepared, char* error, size_t error_size) {
   int device = 0;
   MLPDOWN_CHECK(cudaGetDevice(&device));
 
   static std::mutex mutex;
-  static std::map<std::tuple<int, Kernel, unsigned int, unsigned int>, unsigned int> known;
+  static std::map<std::tuple<int, Kernel, unsigned int, unsigned int>, Prepared> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(device, shape.kernel, shape.shared_memory_bytes, shape.threads_per_cta);
   const auto found = known.find(key);
   if (found != known.end()) {
-    *max_active_clusters = found->second;
+    *prepared = found->second;
     return 0;
   }
 
-  int major = 0;
   int shared_memory_limit = 0;
-  MLPDOWN_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   MLPDOWN_CHECK(cudaDeviceGetAttribute(&shared_memory_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  if (major < 9) return fail(error, error_size, "device", "the native kernel needs compute capability 9.0 or newer");
+  // The device may be newer than the code that the library has for it.
+  cudaFuncAttributes attributes;
+  MLPDOWN_CHECK(cudaFuncGetAttributes(&attributes, shape.kernel));
+  prepared->has_dependent_launch = attributes.ptxVersion >= kFirstPtxVersionOfRing;
+  if (shape.is_persistent && attributes.ptxVersion < kFirstPtxVersionOfRing) {
+    return fail(error, error_size, "plan", "the ring needs compute capability 9.0 or newer, and a library built for it: take rows_in_registers");
+  }
   if (shape.shared_memory_bytes > static_cast<unsigned int>(shared_memory_limit)) {
     char detail[128];
     std::snprintf(detail, sizeof detail, "the plan needs %u bytes of shared memory a block, the device has %d", shape.shared_memory_bytes,
@@ -175,21 +185,21 @@ int prepare(const Shape& shape, unsigned int* max_active_clusters, char* error, 
     num_clusters *= num_sms;
   }
   if (num_clusters < 1) return fail(error, error_size, "plan", "not one cluster of this plan fits on the device");
-  *max_active_clusters = static_cast<unsigned int>(num_clusters);
-  known.emplace(key, *max_active_clusters);
+  prepared->max_active_clusters = static_cast<unsigned int>(num_clusters);
+  known.emplace(key, *prepared);
   return 0;
 }
 
-int configure(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* shape, unsigned int* max_active_clusters, char* error,
-              size_t error_size) {
+int configure(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* shape, Prepared* prepared, char* error, size_t error_size) {
   if (problem.hidden_dim == 0 || problem.intermediate_dim == 0 || problem.intermediate_dim % kVectorSize != 0) {
     return fail(error, error_size, "problem", "hidden_dim must be positive and intermediate_dim a positive multiple of 8");
   }
   const auto shape_plan = plan.rows_in_registers > 0 ? shape_registers : shape_ring;
   if (shape_plan(problem, plan, shape, error, error_size) != 0) return 1;
-  if (prepare(*shape, max_active_clusters, error, error_size) != 0) return 1;
+  if (prepare(*shape, prepared, error, error_size) != 0) return 1;
   // Never a second wave of persistent clusters, nor more of them than rows.
-  if (shape->is_persistent) shape->num_clusters = problem.hidden_dim < *max_active_clusters ? problem.hidden_dim : *max_active_clusters;
+  const unsigned int most = prepared->max_active_clusters;
+  if (shape->is_persistent) shape->num_clusters = problem.hidden_dim < most ? problem.hidden_dim : most;
   return 0;
 }
 
@@ -197,9 +207,9 @@ int configure(const MlpDownProblem& problem, const MlpDownPlan& plan, Shape* sha
 
 int mlpdown_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, void* stream, char* error, size_t error_size) {
   Shape shape;
-  unsigned int max_active_clusters = 0;
-  if (configure(*problem, *plan, &shape, &max_active_clusters, error, error_size) != 0) return 1;
-  const Launch launch(shape, shape.num_clusters, plan->dependent_launch != 0, stream);
+  Prepared prepared;
+  if (configure(*problem, *plan, &shape, &prepared, error, error_size) != 0) return 1;
+  const Launch launch(shape, shape.num_clusters, plan->dependent_launch != 0 && prepared.has_dependent_launch, stream);
   MlpDownShares shares = share_out(problem->hidden_dim, shape.num_clusters, plan->stagger_rows);
   // The registers kernel has no third parameter, and takes none.
   void* arguments[] = {const_cast<MlpDownProblem*>(problem), const_cast<MlpDownPlan*>(plan), &shares};
@@ -209,12 +219,12 @@ int mlpdown_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, void*
 
 int mlpdown_resources(const MlpDownProblem* problem, const MlpDownPlan* plan, MlpDownResources* resources, char* error, size_t error_size) {
   Shape shape;
-  unsigned int max_active_clusters = 0;
-  if (configure(*problem, *plan, &shape, &max_active_clusters, error, error_size) != 0) return 1;
+  Prepared prepared;
+  if (configure(*problem, *plan, &shape, &prepared, error, error_size) != 0) return 1;
   cudaFuncAttributes attributes;
   MLPDOWN_CHECK(cudaFuncGetAttributes(&attributes, shape.kernel));
   resources->num_clusters = static_cast<int>(shape.num_clusters);
-  resources->max_active_clusters = static_cast<int>(max_active_clusters);
+  resources->max_active_clusters = static_cast<int>(prepared.max_active_clusters);
   resources->shared_memory_bytes = static_cast<int>(shape.shared_memory_bytes);
   resources->registers_per_thread = attributes.numRegs;
   resources->local_bytes_per_thread = static_cast<int>(attributes.localSizeBytes);

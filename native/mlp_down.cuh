@@ -161,6 +161,7 @@ MLPDOWN_DEVICE void barriers_arrive_and_wait(uint32_t num_threads) {
 template <class DType, uint32_t kClusterSize, uint32_t kRows, uint32_t kVectors>
 MLPDOWN_KERNEL(kMaxThreads, 1)
 mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan plan, MLPDOWN_PARAMETER MlpDownShares shares) {
+#if MLPDOWN_SM_90_OR_NEWER
   // ---- Sizes ----
   // Until the first copies are under way, memory idles: what can be known at compile time or worked out by the launcher is.
   constexpr uint32_t kSegmentsPerCta = kNumSegments / kClusterSize;
@@ -421,4 +422,5 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     if (owns_row) write_row<DType>(problem, first_row + row, sums, bias, attn_output, hidden_states);
     slot.advance(1, kNumPartialSlots);
   }
+#endif
 }

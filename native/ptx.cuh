@@ -1,5 +1,5 @@
 // Everything the kernel needs from the machine: built-in indices, shared and global memory, barriers, copies, arithmetic with a fixed
-// rounding. The only inline assembly of the project. Each function is named after its instruction (PTX ISA 8.1, sm_90).
+// rounding. The only inline assembly of the project. Each function is named after its instruction (PTX ISA 8.1, sm_90; what the registers kernel uses, sm_80).
 //
 // Shared memory is addressed by 32-bit offsets of the shared window, never by C++ pointers, and global memory through the functions
 // below, so that a host implementation of this one header can execute the kernel on a CPU.
@@ -8,6 +8,15 @@
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long;
+
+// Clusters, bulk copies, mbarriers with transactions and dependent launch begin with compute capability 9.0. For what is compiled for older
+// ones, the ring kernel is empty, and griddepcontrol is nothing: kernels start there after the one before. The launcher asks each kernel
+// what it was compiled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MLPDOWN_SM_90_OR_NEWER 0
+#else
+#define MLPDOWN_SM_90_OR_NEWER 1
+#endif
 
 #define MLPDOWN_DEVICE __device__ __forceinline__
 #define MLPDOWN_KERNEL(max_threads, min_ctas_per_sm) __global__ void __launch_bounds__(max_threads, min_ctas_per_sm)
@@ -212,10 +221,18 @@ MLPDOWN_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.
 // ---- Programmatic dependent launch -------------------------------------------------------------------------------------------------
 
 // Holds this thread until all earlier grids have completed and their writes are visible.
-MLPDOWN_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+MLPDOWN_DEVICE void griddepcontrol_wait() {
+#if MLPDOWN_SM_90_OR_NEWER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Lets the next grid start once every CTA of this one has said so or left.
-MLPDOWN_DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+MLPDOWN_DEVICE void griddepcontrol_launch_dependents() {
+#if MLPDOWN_SM_90_OR_NEWER
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------------------
 

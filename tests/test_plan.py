@@ -28,6 +28,7 @@ RAGGED_SHAPES = [
 ]
 SHAPES = PYTHIA_SHAPES + COMMON_SHAPES + RAGGED_SHAPES
 
+A100 = Device("NVIDIA A100", (8, 0), 108, 163 * 1024)
 GOOD = Plan(cluster_size=4, rows_per_stage=4, num_stages=4, stages_in_flight=2, num_consumer_warps=8)
 
 
@@ -49,6 +50,21 @@ def test_chosen_plan_fits(hidden_dim: int, intermediate_dim: int, device: Device
 def test_large_weights_take_the_ring_and_small_ones_registers() -> None:
     assert choose_plan(2560, 10240, H200).rows_in_registers == 0
     assert choose_plan(512, 2048, H200).rows_in_registers > 0
+
+
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), SHAPES)
+def test_gpus_without_rings_get_registers(hidden_dim: int, intermediate_dim: int, weight_prefetch: bool) -> None:
+    chosen = choose_plan(hidden_dim, intermediate_dim, A100, weight_prefetch=weight_prefetch)
+    assert chosen == Plan.in_registers(4, weight_prefetch=weight_prefetch)
+    check_plan(chosen, intermediate_dim, A100)
+
+
+def test_a_ring_is_refused_where_there_are_none() -> None:
+    check_plan(GOOD, 1024, H200)
+    words = r"^plan\.rows_in_registers must be one of \[1, 2, 4\] on NVIDIA A100: the ring needs compute capability 9\.0 or newer$"
+    with pytest.raises(ValueError, match=words):
+        check_plan(GOOD, 1024, A100)
 
 
 def test_only_who_asks_gets_prefetch() -> None:

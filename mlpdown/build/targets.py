@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from ..plan import MINIMUM_COMPUTE_CAPABILITY
 from .errors import BuildError
 
 ComputeCapability = tuple[int, int]
 
-# Machine code for every GPU since Hopper; none of it uses an architecture-specific ("a") feature.
-MACHINE_TARGETS = ("sm_90", "sm_100", "sm_103", "sm_120")
-# PTX of the oldest of them: the driver compiles it for whatever comes next. PTX of a newer one would serve fewer GPUs and, as the
-# kernel uses nothing newer, no GPU better.
+# Machine code for every GPU since Hopper, and for the three kinds before it, where one kernel of the two runs; none of it uses an
+# architecture-specific ("a") feature.
+MACHINE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+# PTX of the oldest that has it all: the driver compiles it for whatever comes next. PTX of a newer one would serve fewer GPUs and, as the
+# kernels use nothing newer, no GPU better.
 PTX_TARGET = "compute_90"
 ALL_TARGETS = (*MACHINE_TARGETS, PTX_TARGET)
 
-MINIMUM_COMPUTE_CAPABILITY: ComputeCapability = (9, 0)
 # The first compiler that knows sm_120, and the first that knows sm_103.
 _FIRST_COMPILER = {"sm_103": (12, 9)}
 
@@ -31,7 +32,7 @@ def parse_targets(names: Iterable[str]) -> tuple[str, ...]:
     """Targets from a command line: ``sm_90``, ``90``, ``9.0``, ``compute_90`` or ``all``, in canonical order, each once.
 
     Raises:
-        ValueError: a name is none of these, or is a GPU older than Hopper.
+        ValueError: a name is none of these, or is a GPU older than Ampere.
     """
     targets: set[str] = set()
     for name in names:
@@ -43,7 +44,7 @@ def parse_targets(names: Iterable[str]) -> tuple[str, ...]:
             raise ValueError(f"arch must be 'all' or like sm_90, 9.0 or compute_90, got {name!r}")
         target = f"{match[1] or 'sm'}_{match[2]}{match[3]}"
         if capability_of(target) < MINIMUM_COMPUTE_CAPABILITY:
-            raise ValueError(f"arch must be sm_90 or newer: the kernel needs clusters and bulk copies, got {name!r}")
+            raise ValueError(f"arch must be sm_80 or newer, got {name!r}")
         targets.add(target)
     return tuple(sorted(targets, key=lambda target: (target.startswith("compute"), capability_of(target))))
 

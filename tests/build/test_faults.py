@@ -206,8 +206,9 @@ def test_places_in_order(fake_compilers: FakeCompilers, monkeypatch: pytest.Monk
 
 def test_an_older_compiler_leaves_out_targets_it_does_not_know(fake_compilers: FakeCompilers) -> None:
     fake_compilers.set_version("12.8.93")
-    fake_compilers.set_report(names=("sm_90", "sm_100", "sm_120"))
-    assert library.build(targets.ALL_TARGETS).manifest.targets == ("sm_90", "sm_100", "sm_120", "compute_90")
+    known = tuple(target for target in targets.MACHINE_TARGETS if target != "sm_103")
+    fake_compilers.set_report(names=known)
+    assert library.build(targets.ALL_TARGETS).manifest.targets == (*known, targets.PTX_TARGET)
 
 
 # What the compilers say

@@ -11,6 +11,7 @@ from mlpdown.build import report, targets
     ("names", "expected"),
     [
         (["90"], ("sm_90",)),
+        (["8.6", "compute_80", "sm_80"], ("sm_80", "sm_86", "compute_80")),
         (["12.0", "sm_90", "compute_90", "9.0"], ("sm_90", "sm_120", "compute_90")),
         (["all"], targets.ALL_TARGETS),
     ],
@@ -19,7 +20,7 @@ def test_targets_of_the_command_line(names: list[str], expected: tuple[str, ...]
     assert targets.parse_targets(names) == expected
 
 
-@pytest.mark.parametrize("name", ["sm_80", "hopper", "sm_", "9", "sm_90a"])
+@pytest.mark.parametrize("name", ["sm_75", "compute_75", "hopper", "sm_", "9", "sm_90a"])
 def test_target_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match="arch must be"):
         targets.parse_targets([name])
@@ -30,6 +31,9 @@ def test_target_that_cannot_be(name: str) -> None:
     [
         (("sm_90",), (9, 0), True),
         (("sm_90",), (10, 0), False),
+        (("sm_80",), (8, 7), True),
+        (("sm_80",), (9, 0), False),
+        (("sm_86",), (8, 0), False),
         (("sm_90", "compute_90"), (11, 0), True),
         (("sm_100",), (10, 3), True),
         (("sm_103",), (10, 0), False),

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <source_location>
 
+#define MLPDOWN_SM_90_OR_NEWER 1
 #define MLPDOWN_DEVICE inline
 #define MLPDOWN_KERNEL(max_threads, min_ctas_per_sm) void
 #define MLPDOWN_PARAMETER const
