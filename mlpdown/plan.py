@@ -35,9 +35,10 @@ SMALL_WEIGHT_BYTES = 16 * 2**20
 SMALL_PREFETCHED_BYTES = 8 * 2**20
 # How many CTAs share an SM, the better first: while one starts, ends or sums, memory works for the other.
 CTAS_PER_SM = (2, 1)
-# Under way for each CTA: with two CTAs an SM enough to keep memory busy. More only makes all that is asked for later. Half of it where
-# stages of two rows are prefetched: weights of 8 to 23 MB, which are over before the queue would have emptied.
+# Under way for each CTA: with two CTAs an SM enough to keep memory busy. More only makes all that is asked for later. Half of it was faster
+# where stages of two rows are prefetched, of weights from 8 to 23 MB.
 BYTES_IN_FLIGHT = 32 * 2**10
+MAX_BYTES_FOR_HALF_IN_FLIGHT = 24 * 2**20
 # The largest stage of more than one row. Beside an activation in registers, larger ones were slower, and a second row costs registers.
 MAX_STAGE_BYTES = 44 * 2**10
 MAX_STAGE_BYTES_BESIDE_ACTIVATION = 24 * 2**10
@@ -119,7 +120,9 @@ class Plan:
 
     @classmethod
     def in_registers(cls, rows: int, *, weight_prefetch: bool = False, dependent_launch: bool = True) -> Plan:
-        """A plan for the kernel that lands ``rows`` (1, 2 or 4) rows a CTA in registers."""
+        """A plan for the kernel that lands ``rows`` (1, 2 or 4; else ValueError) rows a CTA in registers."""
+        if rows not in ROWS_IN_REGISTERS:
+            raise ValueError(f"rows must be one of {list(ROWS_IN_REGISTERS)}, got {rows!r}")
         return cls(1, 1, 1, 1, NUM_SEGMENTS, weight_prefetch, dependent_launch, rows)
 
 
@@ -170,13 +173,13 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
     if device.compute_capability < RING_COMPUTE_CAPABILITY:
         raise ValueError(
             f"plan.rows_in_registers must be one of {list(ROWS_IN_REGISTERS)} on {device.name}: the ring needs compute capability 9.0 or "
-            "newer"
+            f"newer, got {plan.rows_in_registers} on {'.'.join(map(str, device.compute_capability))}"
         )
     if instantiation(plan, intermediate_dim) not in instantiations():
         longest = {rows: vectors * NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE for rows, vectors in VECTORS_IN_REGISTERS.items()}
-        reach = " or ".join(f"rows_per_stage {rows} and intermediate_dim up to {dim}" for rows, dim in longest.items())
+        reach = " or ".join(f"(rows_per_stage {rows}, intermediate_dim up to {dim})" for rows, dim in longest.items())
         raise ValueError(
-            f"plan.activation_in_registers goes with cluster_size 1 and {reach}, got cluster_size {plan.cluster_size}, rows_per_stage "
+            f"plan.activation_in_registers needs cluster_size 1 and {reach}, got cluster_size {plan.cluster_size}, rows_per_stage "
             f"{plan.rows_per_stage} and intermediate_dim {intermediate_dim}"
         )
     if plan.stages_in_flight > plan.num_stages:
@@ -198,19 +201,21 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
-    """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``).
+    """The plan for a shape on a device, by what an H200 measured (``native/NOTES.md``). No GPU without rings was measured.
 
     A small weight is over before a ring is set up: registers, as for all on GPUs that have no rings. For the others the ring, with as many
     CTAs on an SM and in as small a cluster as leaves each two stages (more where rows are short), and the activation in registers as far
-    as these reach.
+    as these reach. With weight_prefetch, and about ten rows for each of two CTAs an SM, shares are staggered where rings are long enough to
+    run ahead. Where two stages of a single row do not fit, registers again, a row a CTA.
     """
     if device.compute_capability < RING_COMPUTE_CAPABILITY:
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
     weight_bytes = hidden_dim * intermediate_dim * BYTES_PER_ELEMENT
     if weight_bytes < (SMALL_PREFETCHED_BYTES if weight_prefetch else SMALL_WEIGHT_BYTES):
         return Plan.in_registers(4, weight_prefetch=weight_prefetch)
+    may_halve = weight_prefetch and weight_bytes <= MAX_BYTES_FOR_HALF_IN_FLIGHT
     for ctas_per_sm, cluster_size in itertools.product(CTAS_PER_SM, CLUSTER_SIZES):
-        ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), weight_prefetch)
+        ring = _ring(cluster_size, intermediate_dim, _share(device, ctas_per_sm), may_halve)
         if ring is None:
             continue
         # Of two CTAs an SM, and with rings long enough to run ahead of the other half.
@@ -227,7 +232,7 @@ def _share(device: Device, ctas_per_sm: int) -> int:
     return (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // ctas_per_sm - RESERVED_BYTES_PER_CTA
 
 
-def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch: bool) -> Plan | None:
+def _ring(cluster_size: int, intermediate_dim: int, limit: int, may_halve_in_flight: bool) -> Plan | None:
     """As many rows as a stage may have, and as many stages, at least two, as fit in ``limit`` bytes; None if they do not."""
     vectors = vectors_per_lane(intermediate_dim)
     in_registers = cluster_size == 1 and vectors <= VECTORS_IN_REGISTERS[1]
@@ -236,7 +241,7 @@ def _ring(cluster_size: int, intermediate_dim: int, limit: int, weight_prefetch:
         stage_bytes = rows * _slice_bytes(cluster_size, intermediate_dim)
         if rows > 1 and (stage_bytes > max_stage_bytes or (in_registers and vectors > VECTORS_IN_REGISTERS.get(rows, 0))):
             continue
-        bytes_in_flight = BYTES_IN_FLIGHT // 2 if weight_prefetch and in_registers and rows > 1 else BYTES_IN_FLIGHT
+        bytes_in_flight = BYTES_IN_FLIGHT // 2 if may_halve_in_flight and in_registers and rows > 1 else BYTES_IN_FLIGHT
         for num_stages in range(MAX_STAGES, 1, -1):
             # What is not in flight is being summed: one stage at the least, and half of the longest ring.
             stages_in_flight = min(-(-bytes_in_flight // stage_bytes), num_stages - 1, MAX_STAGES // 2)

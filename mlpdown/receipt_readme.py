@@ -15,6 +15,8 @@ README = "README.md"
 RECEIPTS = "native/receipts"
 BEGIN = "<!-- figures:begin -->"
 END = "<!-- figures:end -->"
+# A ratio whose interval is wider than this is none.
+MAX_INTERVAL = 1.2
 
 
 def update_readme(repository: Path) -> bool:
@@ -67,9 +69,11 @@ def _operation_figures(_date: str, path: Path) -> str:
         "",
         "Microseconds a call, medians, over distinct weights with a cold L2 cache, in CUDA graphs.",
         f"In brackets: times the floor, the weight's bytes at the steady read rate{rate}.",
+        "Chained: the kernel before is mlpdown's too, and lets this one start early (programmatic dependent launch), with",
+        "`weight_prefetch=True` or by default. Isolated: each starts when the one before has ended, as do the other kernels here.",
         "",
-        "| shape | floor | read-only kernel | mlpdown, chained | mlpdown, isolated | PyTorch | best torch.compile |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| shape | floor | read-only kernel | chained, prefetch | chained | isolated | PyTorch | best torch.compile |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
         *(_operation_row(result) for result in report.results),
         "",
     ]
@@ -86,7 +90,7 @@ def _operation_figures(_date: str, path: Path) -> str:
 
 
 def _operation_row(result: Result) -> str:
-    names = ("read_only", "native_chained_prefetch", "native_isolated", "torch_graph")
+    names = ("read_only", "native_chained_prefetch", "native_chained", "native_isolated", "torch_graph")
     values = [result.median(name) for name in names]
     compiled = best(result, COMPILED_PEERS)
     values.append(compiled[1] if compiled else None)
@@ -111,13 +115,19 @@ def _model_figures(content: dict[str, Any]) -> str:
         "| mode | tokens | PyTorch ms/token | mlpdown ms/token | ratio |",
         "|---|---:|---:|---:|---:|",
     ]
+    noisy = []
     for row in content["rows"]:
         ratio = row["ratio"]
+        if ratio["high"] > MAX_INTERVAL * ratio["low"]:
+            noisy.append(f"{mode_label(row['mode'], row['cache_length'])} {row['num_tokens']}")
+            continue
         lines.append(
             f"| {mode_label(row['mode'], row['cache_length'])} | {row['num_tokens']} | {row['stock_ms']['median']:.3f} "
             f"| {row['patched_ms']['median']:.3f} | {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) |"
         )
     lines.append("")
+    if noisy:
+        lines += [f"Too noisy to say anything (mode and tokens): {', '.join(noisy)}.", ""]
     if content["failed"]:
         lines += [f"Failed there: {'; '.join(content['failed'])}.", ""]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 LOG_NAME = "log.txt"
 JUNIT_NAME = "tests.xml"
 LOG_TAIL_CHARACTERS = 2000
+INTERRUPT_SECONDS = 5
 HAZARD_TESTS = "tests/gpu/test_hazard.py"
 SANITIZER_TESTS = "tests/gpu/test_sanitizers.py"
 # The specification on the CPU is most of the tests' time.
@@ -54,7 +56,8 @@ def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
     log_path = folder / LOG_NAME
     begin = time.monotonic()
     with log_path.open("wb") as log:
-        # A session of its own: what it has started ends with it.
+        # A session of its own: what it has started ends with it. Before the end it is interrupted, so that it can end what it has put into
+        # further sessions.
         process = subprocess.Popen(
             stage.command(folder),
             cwd=repository,
@@ -67,6 +70,9 @@ def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
             verdict = "passed" if process.wait(stage.limit_seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             verdict = "timed out"
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_SECONDS)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = round(time.monotonic() - begin, 1)

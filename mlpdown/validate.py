@@ -25,7 +25,7 @@ def check_arguments(
     _check_last_dim("hidden_states", hidden_states, "hidden_dim", hidden_dim)
     if hidden_states.numel() != num_tokens * hidden_dim:
         raise ValueError(
-            f"hidden_states must have the {num_tokens} tokens of mlp_intermediate {list(mlp_intermediate.shape)}, "
+            f"hidden_states must have as many tokens as mlp_intermediate {list(mlp_intermediate.shape)}, that is {num_tokens}, "
             f"got {list(hidden_states.shape)}"
         )
     if attn_output is not None:
@@ -77,7 +77,7 @@ def check_product(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> None:
     if mlp_intermediate.dim() > 0 and mlp_intermediate.shape[-1] == hidden_dim != intermediate_dim:
         raise ValueError(
             f"weight must be [hidden_dim, intermediate_dim] with intermediate_dim that of mlp_intermediate, {mlp_intermediate.shape[-1]}, "
-            f"got {list(weight.shape)} (transposed?)"
+            f"got {list(weight.shape)} (transposed, or another tensor for mlp_intermediate?)"
         )
     _check_last_dim("mlp_intermediate", mlp_intermediate, "intermediate_dim", intermediate_dim)
 

@@ -136,7 +136,7 @@ int shape_registers(const MlpDownProblem& problem, const MlpDownPlan& plan, Shap
 
 // What the current device says of a kernel.
 struct Prepared {
-  unsigned int max_active_clusters = 0;  // resident at once; of the registers kernel, CTAs an SM
+  unsigned int max_active_clusters = 0;  // resident at once on the device
   bool has_dependent_launch = false;     // its code waits for earlier kernels by itself
 };
 
@@ -162,7 +162,7 @@ int prepare(const Shape& shape, Prepared* prepared, char* error, size_t error_si
   MLPDOWN_CHECK(cudaFuncGetAttributes(&attributes, shape.kernel));
   prepared->has_dependent_launch = attributes.ptxVersion >= kFirstPtxVersionOfRing;
   if (shape.is_persistent && attributes.ptxVersion < kFirstPtxVersionOfRing) {
-    return fail(error, error_size, "plan", "the ring needs compute capability 9.0 or newer, and a library built for it: take rows_in_registers");
+    return fail(error, error_size, "plan", "the ring needs compute capability 9.0, and code for it: take rows_in_registers");
   }
   if (shape.shared_memory_bytes > static_cast<unsigned int>(shared_memory_limit)) {
     char detail[128];

@@ -12,9 +12,9 @@
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
 //   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ...
 //
-// The activation is the same for all rows. Lanes keep their own kVectors of it in registers, converted once, where they have room for it: with
-// one row a stage that halves both what is read from shared memory and what is converted, and it leaves the room to the ring. With kVectors 0,
-// the first consumer warp brings the slice into shared memory.
+// The activation is the same for all rows. With kVectors > 0 (clusters of one, rows up to 16384 long, or 8192 with two a
+// stage) lanes keep their own vectors of it in registers, converted once: with one row a stage that halves both what is read from shared memory
+// and what is converted, and it leaves the room to the ring. With kVectors 0, the first consumer warp brings the slice into shared memory.
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
@@ -46,7 +46,7 @@ struct RingPosition {
   uint32_t idx = 0;
   uint32_t phase = 0;
 
-  // By a divisor of size, so that all positions are met that lie so many apart.
+  // distance divides size, so that a walk meets every distance-th position.
   MLPDOWN_DEVICE void advance(uint32_t distance, uint32_t size) {
     idx += distance;
     if (idx >= size) {
@@ -79,7 +79,7 @@ MLPDOWN_DEVICE void accumulate_batch(ptx::SharedAddress smem_activation, const p
   }
 }
 
-// Whether a lane has an i-th vector of its segment of num_vectors: the lane's are every 32nd. Segments of a row differ by less than 8 vectors
+// Whether a lane has an i-th vector of its segment of num_vectors: the lane's are every 32nd. Segments of a row differ by fewer than 8 vectors
 // in length, so only the last two of kVectors can be missing, and only there is a comparison left.
 template <uint32_t kVectors>
 MLPDOWN_DEVICE bool has_vector(uint32_t i, uint32_t lane, uint32_t num_vectors) {
@@ -137,7 +137,7 @@ MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity
   }
 }
 
-// What this warp had to initialise is. Whole warps at a time; each warp once, by one of the two.
+// This warp's barriers are initialised. Called by whole warps; each warp calls exactly one of these two.
 template <uint32_t kClusterSize>
 MLPDOWN_DEVICE void barriers_arrive(uint32_t num_threads) {
   if constexpr (kClusterSize == 1) {
@@ -349,7 +349,7 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
       for (uint32_t row = 0; row < kRows; ++row) sums[row] = sum_lane(accumulators[row]);
       const float segment_sum = fold_lanes<kRows>(sums, lane);
 
-      // Segment sums meet at the owner of the row.
+      // ---- Segment sums meet, at the owner of the row ----
       const uint32_t row = lane / (kNumLanes / kRows);
       const bool hands_on = lane % (kNumLanes / kRows) == 0 && row < tile_rows;
       // Every lane that stores or arrives, and no other: the slot's next phase waits for these, others could miss it.

@@ -20,7 +20,7 @@ struct MlpDownProblem {
 };
 
 // How fast, never what: mlpdown/plan.py says what each member is for and chooses it. New members go to the end: a program that torch.export
-// has saved holds its plans as the numbers that native/op.cpp unpacks.
+// has saved holds its plans as the numbers that native/op.cpp unpacks. Such a number is full with these ten.
 struct MlpDownPlan {
   unsigned int rows_in_registers;  // 0: the ring of mlp_down.cuh; else mlp_down_registers.cuh, to which the ring's members mean nothing
   unsigned int cluster_size;

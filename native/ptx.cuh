@@ -1,5 +1,6 @@
 // Everything the kernel needs from the machine: built-in indices, shared and global memory, barriers, copies, arithmetic with a fixed
-// rounding. The only inline assembly of the project. Each function is named after its instruction (PTX ISA 8.1, sm_90; what the registers kernel uses, sm_80).
+// rounding. The only inline assembly of the project. Each function is named after its instruction (PTX ISA 8.1, sm_90; what the registers
+// kernel uses, sm_80).
 //
 // Shared memory is addressed by 32-bit offsets of the shared window, never by C++ pointers, and global memory through the functions
 // below, so that a host implementation of this one header can execute the kernel on a CPU.

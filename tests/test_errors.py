@@ -48,7 +48,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight transposed": (
         {"weight": half(64, 24)},
         ValueError,
-        r"^weight must be \[hidden_dim, .*, 64, got \[64, 24\] \(transposed\?\)$",
+        r"^weight must be \[hidden_dim, .*, 64, got \[64, 24\] \(transposed, or another tensor for mlp_intermediate\?\)$",
     ),
     "weight too long": (
         {"weight": half(24, 72)},
@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other number of tokens": (
         {"hidden_states": half(2, 24)},
         ValueError,
-        r"^hidden_states must have the 1 tokens of mlp_intermediate \[1, 64\], got \[2, 24\]$",
+        r"^hidden_states must have as many tokens as mlp_intermediate \[1, 64\], that is 1, got \[2, 24\]$",
     ),
     "attn_output of another shape": (
         {"attn_output": half(24)},

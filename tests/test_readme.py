@@ -65,7 +65,7 @@ def test_commands_in_the_text_exist(command: str, capsys: pytest.CaptureFixture[
 
 def test_example_runs() -> None:
     """As a program of its own, to its end, and the two results agree to PyTorch's accuracy."""
-    check = "\ntorch.testing.assert_close(out, exact, rtol=2**-8, atol=2**-5)\nassert out.shape == (1, hidden_dim)\n"
+    check = "\ntorch.testing.assert_close(out, specified, rtol=2**-8, atol=2**-5)\nassert out.shape == (1, hidden_dim)\n"
     process = subprocess.run(
         [sys.executable, "-c", PYTHON[0] + check], capture_output=True, text=True, timeout=300, check=False
     )

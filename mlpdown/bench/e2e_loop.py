@@ -8,8 +8,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlpdown.bench.e2e_models import LAYER_NORM_EPSILON, OUTPUT_EMBEDDING, ROTARY_BASE, ROTARY_FRACTION, StateDict
+
+# Not cuDNN's: it prepares itself for every length of the cache anew, for tens of milliseconds a token.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # hidden_states, attn_output, mlp_intermediate, weight, bias -> the layer's output
 MLPDownFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -79,6 +83,7 @@ class LoopModel:
         self.sine = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(dtype)[:, None, None]
 
     @torch.inference_mode()
+    @sdpa_kernel(ATTENTION)
     def forward(self, tokens: torch.Tensor, position: int, mlp_down: MLPDownFunction) -> torch.Tensor:
         """Logits ``[num_tokens, vocabulary]`` of ``tokens`` ``[num_tokens]`` that begin at ``position``; fills the cache there.
 

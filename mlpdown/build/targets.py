@@ -10,9 +10,9 @@ from .errors import BuildError
 
 ComputeCapability = tuple[int, int]
 
-# Machine code for every GPU since Hopper, and for the three kinds before it, where one kernel of the two runs; none of it uses an
+# Machine code for every GPU since Hopper, and for the kinds before it, where one kernel of the two runs; none of it uses an
 # architecture-specific ("a") feature.
-MACHINE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+MACHINE_TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 # PTX of the oldest that has it all: the driver compiles it for whatever comes next. PTX of a newer one would serve fewer GPUs and, as the
 # kernels use nothing newer, no GPU better.
 PTX_TARGET = "compute_90"
@@ -45,6 +45,8 @@ def parse_targets(names: Iterable[str]) -> tuple[str, ...]:
         target = f"{match[1] or 'sm'}_{match[2]}{match[3]}"
         if capability_of(target) < MINIMUM_COMPUTE_CAPABILITY:
             raise ValueError(f"arch must be sm_80 or newer, got {name!r}")
+        if match[1] == "compute" and capability_of(target) < capability_of(PTX_TARGET):
+            raise ValueError(f"arch must be {PTX_TARGET} or newer where it is PTX: older PTX has no ring for newer GPUs, got {name!r}")
         targets.add(target)
     return tuple(sorted(targets, key=lambda target: (target.startswith("compute"), capability_of(target))))
 

@@ -13,7 +13,6 @@ from mlpdown.bench import yardstick
 from mlpdown.bench.cuda_program import compile_cuda
 from mlpdown.build import BuildError
 from mlpdown.plan import (
-    BYTES_PER_ELEMENT,
     CLUSTER_SIZES,
     H200,
     NUM_LANES,
@@ -97,13 +96,6 @@ def test_racecheck_cases_are_few_and_wrap() -> None:
     assert {(1, False), (1, True), (2, False)} < whole and whole & {(4, False), (8, False)}
     assert {case.plan.cluster_size > 1 for case in cases if slots_wrap(case)} == {False, True}, "st.shared and st.async"
     assert any(staggers(case) for case in cases)
-
-
-def test_racecheck_has_time_for_each_of_its_cases() -> None:
-    # The slowest case timed on an H200, of rings of two stages: 12 s for two calls of 10 MiB.
-    for case in racecheck_ring_cases():
-        seconds = case.hidden_dim * case.intermediate_dim * BYTES_PER_ELEMENT / MIB * 12 / 20
-        assert seconds < harness.RACECHECK_LIMIT_SECONDS / 2, case
 
 
 def test_a_line_that_is_no_case_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

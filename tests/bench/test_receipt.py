@@ -154,7 +154,7 @@ def test_figures_are_those_of_the_newest_receipts(tmp_path: Path) -> None:
     light = {"receipt": "gpu", "schema_version": 1, "machine": machine("2025-01-01"), "stages": stages}
     (tmp_path / "light.json").write_text(json.dumps(light))
     block = figures(tmp_path)
-    assert "| pythia-2.8b 2560x10240 float16 | 11.68 | - | 12.40 (1.06) | - | 22.00 (1.88) | 20.00 (1.71) |" in block
+    assert "| pythia-2.8b 2560x10240 float16 | 11.68 | - | 12.40 (1.06) | - | - | 22.00 (1.88) | 20.00 (1.71) |" in block
     assert "99.9" not in block
     assert "CPU time of an eager call: 7.5 us, PyTorch's three calls 28.0 us." in block
     assert f"({RECEIPTS}/new.svg)" in block
@@ -163,6 +163,18 @@ def test_figures_are_those_of_the_newest_receipts(tmp_path: Path) -> None:
     assert "| loop | 4 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in block
     assert "Failed there: graph: no device." in block
     assert "| hazard | failed | 1 passed, 1 failed, 1 skipped |" in block
+
+
+def test_a_ratio_that_may_be_anything_is_named_and_not_shown(tmp_path: Path) -> None:
+    report = end_to_end()
+    passes = [[Pair(4 * end, 4, *pair) for end, pair in enumerate([(12.0, 48.0), (48.0, 12.0)] * 8, 1)]]
+    report.passes[1] = Passes("loop", None, passes)
+    report.rows = [report.passes[0].row(8), report.passes[1].row(64)]
+    report.write_json(tmp_path / "e2e.json")
+    block = figures(tmp_path)
+    assert "| compile, cache of 32 | 8 |" in block
+    assert "| loop" not in block
+    assert "Too noisy to say anything (mode and tokens): loop 64." in block
 
 
 def test_only_the_block_of_the_readme_is_rewritten(tmp_path: Path) -> None:

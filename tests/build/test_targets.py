@@ -11,7 +11,7 @@ from mlpdown.build import report, targets
     ("names", "expected"),
     [
         (["90"], ("sm_90",)),
-        (["8.6", "compute_80", "sm_80"], ("sm_80", "sm_86", "compute_80")),
+        (["8.6", "compute_90", "sm_80"], ("sm_80", "sm_86", "compute_90")),
         (["12.0", "sm_90", "compute_90", "9.0"], ("sm_90", "sm_120", "compute_90")),
         (["all"], targets.ALL_TARGETS),
     ],
@@ -20,7 +20,7 @@ def test_targets_of_the_command_line(names: list[str], expected: tuple[str, ...]
     assert targets.parse_targets(names) == expected
 
 
-@pytest.mark.parametrize("name", ["sm_75", "compute_75", "hopper", "sm_", "9", "sm_90a"])
+@pytest.mark.parametrize("name", ["sm_75", "compute_75", "compute_80", "compute_89", "hopper", "sm_", "9", "sm_90a"])
 def test_target_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match="arch must be"):
         targets.parse_targets([name])
@@ -31,7 +31,8 @@ def test_target_that_cannot_be(name: str) -> None:
     [
         (("sm_90",), (9, 0), True),
         (("sm_90",), (10, 0), False),
-        (("sm_80",), (8, 7), True),
+        (("sm_87",), (8, 7), True),
+        (("sm_80", "sm_86"), (8, 9), True),
         (("sm_80",), (9, 0), False),
         (("sm_86",), (8, 0), False),
         (("sm_90", "compute_90"), (11, 0), True),

@@ -2,6 +2,7 @@
 //
 //     harness run                every case once; prints a line a case; exit status 1 if a result is wrong
 //     harness racecheck NUMBER   one case of racecheck's list: it takes long, and a case that does not end must not hide the others
+//     harness older              as compiled for older GPUs: a ring is refused, the cases of the registers kernel are right
 //     harness plant FAULT        a kernel with the fault that a tool is there to find: memcheck, synccheck, initcheck or racecheck
 #include <launcher.h>
 
@@ -166,8 +167,8 @@ TestCase register_case(unsigned int hidden_dim, unsigned int intermediate_dim, b
   return {hidden_dim, intermediate_dim, is_bfloat16, has_optional, is_partial_sums, plan};
 }
 
-std::vector<TestCase> cases() {
-  std::vector<TestCase> cases(std::begin(kCases), std::end(kCases));
+std::vector<TestCase> register_cases() {
+  std::vector<TestCase> cases;
 #define MLPDOWN_CASE(rows_)                                                                       \
   for (const bool is_bfloat16 : {false, true}) {                                                  \
     cases.push_back(register_case(512, 2048, is_bfloat16, true, false, kPrefetch, 1, rows_));     \
@@ -176,6 +177,12 @@ std::vector<TestCase> cases() {
   }
   MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(MLPDOWN_CASE)
 #undef MLPDOWN_CASE
+  return cases;
+}
+
+std::vector<TestCase> cases() {
+  std::vector<TestCase> cases(std::begin(kCases), std::end(kCases));
+  for (const TestCase& test : register_cases()) cases.push_back(test);
   return cases;
 }
 
@@ -256,6 +263,18 @@ bool run_case(const TestCase& test, int num_calls) {
   return wrong == 0;
 }
 
+// Before any tensor is looked at.
+bool ring_is_refused() {
+  MlpDownProblem problem = {};
+  problem.hidden_dim = kCases[0].hidden_dim;
+  problem.intermediate_dim = kCases[0].intermediate_dim;
+  const MlpDownPlan plan = make_plan(kCases[0].plan);
+  char error[512] = "";
+  const bool is_refused = mlpdown_launch(&problem, &plan, nullptr, error, sizeof error) != 0;
+  std::printf("ring %s: %s\n", is_refused ? "refused" : "launched", error);
+  return is_refused;
+}
+
 // ---- Planted faults --------------------------------------------------------------------------------------------------------------
 
 constexpr int kPlantThreads = 64;
@@ -314,9 +333,19 @@ int main(int argc, char** argv) {
     for (const TestCase& test : cases()) all_right = run_case(test, 2) && all_right;
   } else if (argc == 3 && std::strcmp(argv[1], "racecheck") == 0) {
     // Shared memory is a launch's own: to racecheck a second call says nothing new.
-    all_right = run_case(racecheck_cases().at(std::strtoul(argv[2], nullptr, 10)), 1);
+    const std::vector<TestCase> list = racecheck_cases();
+    char* end = nullptr;
+    const size_t number = std::strtoul(argv[2], &end, 10);
+    if (end == argv[2] || *end != 0 || number >= list.size()) {
+      std::fprintf(stderr, "racecheck has cases 0 to %zu, got %s\n", list.size() - 1, argv[2]);
+      return 2;
+    }
+    all_right = run_case(list[number], 1);
+  } else if (argc == 2 && std::strcmp(argv[1], "older") == 0) {
+    all_right = ring_is_refused();
+    for (const TestCase& test : register_cases()) all_right = run_case(test, 2) && all_right;
   } else {
-    std::fprintf(stderr, "usage: harness run | harness racecheck NUMBER | harness plant FAULT\n");
+    std::fprintf(stderr, "usage: harness run | harness racecheck NUMBER | harness older | harness plant FAULT\n");
     return 2;
   }
   CHECK(cudaDeviceReset());

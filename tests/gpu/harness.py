@@ -144,8 +144,9 @@ def sanitize(tool: str, program: Path, *arguments: str) -> Verdict:
     )
     try:
         output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
+    except BaseException:  # an interrupt too
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         raise
     return parse_output(tool, output)
 

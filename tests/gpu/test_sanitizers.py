@@ -19,6 +19,7 @@ from gpu.harness import (
     run_harness,
     sanitize,
 )
+from mlpdown.plan import ROWS_IN_REGISTERS
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +82,15 @@ def _needs_sanitizer(request: pytest.FixtureRequest) -> None:
 
 def test_harness_computes_what_it_should(harness: Path) -> None:
     assert_all_cases_right(run_harness(harness, "run"), ring_cases())
+
+
+def test_code_for_older_gpus_runs_registers_and_refuses_the_ring() -> None:
+    """PTX of sm_80 runs here too: without a ring, and without dependent launch, for which its kernels would not wait."""
+    output = run_harness(build_harness(("compute_80",)), "older")
+    assert "ring refused: plan: the ring needs compute capability 9.0" in output, output
+    counts = wrong_elements(output)
+    assert len(counts) > len(ROWS_IN_REGISTERS), output
+    assert set(counts) == {"0"}, output
 
 
 @pytest.mark.parametrize("tool", TOOLS)
