@@ -65,6 +65,7 @@ def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         try:
             verdict = "passed" if process.wait(stage.limit_seconds) == 0 else "failed"
@@ -73,7 +74,8 @@ def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
             os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(INTERRUPT_SECONDS)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # all of it has gone
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = round(time.monotonic() - begin, 1)
     try:
@@ -83,6 +85,11 @@ def run_stage(stage: Stage, folder: Path, repository: Path) -> Outcome:
         verdict = "failed" if verdict == "passed" else verdict
     tail = "" if verdict == "passed" else log_path.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
     return Outcome(verdict, seconds, findings, tail)
+
+
+def _heed_interrupts() -> None:
+    # A job in a shell's background ignores them, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_junit(path: Path) -> Findings:

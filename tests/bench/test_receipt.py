@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_stage_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 3
     time.sleep(3.5)
     assert not mark.exists(), "the stage's own child went on"
+
+
+def test_stage_that_hangs_can_end_what_it_has_put_into_other_sessions(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    code = (
+        f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        "try:\n    child.wait()\nexcept BaseException:\n    child.kill()\n    raise\n"
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        assert run_stage(stage(code, 1.0), tmp_path / "hangs", tmp_path).verdict == "timed out"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    time.sleep(4)
+    assert not mark.exists(), "the child in a session of its own went on"
 
 
 def test_stage_that_fails_keeps_the_end_of_its_log(tmp_path: Path) -> None:
