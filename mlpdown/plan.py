@@ -15,8 +15,8 @@ NUM_LANES = 32
 VECTOR_SIZE = 8
 BYTES_PER_ELEMENT = 2
 
-# The oldest GPUs that the native kernels are built for, and the oldest that have what the ring is made of. Older ones than that get
-# weights in registers, without dependent launch.
+# The oldest GPUs that the native kernels are built for, and the oldest that have what the ring is made of. Those in
+# between get weights in registers, without dependent launch.
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)
 RING_COMPUTE_CAPABILITY = (9, 0)
 
