@@ -42,7 +42,8 @@ MAX_BYTES_FOR_HALF_IN_FLIGHT = 24 * 2**20
 # The largest stage of more than one row. Beside an activation in registers, larger ones were slower, and a second row costs registers.
 MAX_STAGE_BYTES = 44 * 2**10
 MAX_STAGE_BYTES_BESIDE_ACTIVATION = 24 * 2**10
-# With weight prefetch and so many rows a CTA, the first half of the grid takes a row less: then the two CTAs of an SM do not end together.
+# With weight prefetch and so many rows a CTA, the first half of the grid takes a row less than an even share rounded down, the other half
+# the rest: then the two CTAs of an SM do not end together.
 ROWS_TO_STAGGER = (3, 12)
 # Of an SM's shared memory the device keeps so much for each CTA.
 RESERVED_BYTES_PER_CTA = 2**10

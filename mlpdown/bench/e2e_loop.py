@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlpdown.bench.e2e_models import LAYER_NORM_EPSILON, OUTPUT_EMBEDDING, ROTARY_BASE, ROTARY_FRACTION, StateDict
 
-# Not cuDNN's: it prepares itself for every length of the cache anew, for tens of milliseconds a token.
+# Not cuDNN's: at each length of the cache that is new to the process a step took tens of milliseconds more, as if it were prepared anew.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # hidden_states, attn_output, mlp_intermediate, weight, bias -> the layer's output
