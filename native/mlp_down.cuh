@@ -137,21 +137,12 @@ MLPDOWN_DEVICE void wait_for_cluster(ptx::SharedAddress barrier, uint32_t parity
   }
 }
 
-// This warp's barriers are initialised. Called by whole warps; each warp calls exactly one of these two.
+// All warps of the cluster wait for each other: barriers that one of them has initialised, and published, are then there for all, and so is
+// the memory of every CTA.
 template <uint32_t kClusterSize>
-MLPDOWN_DEVICE void barriers_arrive(uint32_t num_threads) {
+MLPDOWN_DEVICE void sync_cluster() {
   if constexpr (kClusterSize == 1) {
-    ptx::bar_arrive(num_threads);
-  } else {
-    ptx::barrier_cluster_arrive_relaxed();
-  }
-}
-
-// The same, and waits until all warps of the cluster have come to one of the two.
-template <uint32_t kClusterSize>
-MLPDOWN_DEVICE void barriers_arrive_and_wait(uint32_t num_threads) {
-  if constexpr (kClusterSize == 1) {
-    ptx::bar_sync(num_threads);
+    ptx::bar_sync();
   } else {
     ptx::barrier_cluster_arrive_relaxed();
     ptx::barrier_cluster_wait();
@@ -170,7 +161,6 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   constexpr uint32_t kOwnedRows = kRows / kNumOwners;  // of a tile, by an owner
   const uint32_t warp_idx = ptx::thread_idx() / kNumLanes;
   const uint32_t lane = ptx::thread_idx() % kNumLanes;
-  const uint32_t num_threads = (kFirstConsumerWarp + plan.num_consumer_warps) * kNumLanes;
   const uint32_t cta_rank_in_cluster = kClusterSize == 1 ? 0 : ptx::cta_rank_in_cluster();
 
   const Segments segments(problem.intermediate_dim);
@@ -246,10 +236,9 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
       for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
       ptx::fence_mbarrier_init();
     }
+    // Here this warp needs none of the others. It waits with them all the same, while the first copy is on its way: see ptx.cuh.
     ptx::syncwarp();
-    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of the cluster. This warp
-    // does neither, and goes on.
-    barriers_arrive<kClusterSize>(num_threads);
+    sync_cluster<kClusterSize>();
     if (lane == 0) {
       RingPosition landing;  // the stage whose copies are the oldest under way
       for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {
@@ -259,10 +248,6 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
         if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
         fill_stage();
       }
-    }
-    if constexpr (kClusterSize > 1) {
-      ptx::syncwarp();
-      ptx::barrier_cluster_wait();
     }
     return;
   }
@@ -280,23 +265,22 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     ptx::fence_mbarrier_init();
   }
   ptx::syncwarp();
-
-  if (warp_idx == kFirstConsumerWarp) {
-    ptx::griddepcontrol_wait();
-    // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
-    // more than two grids are ever under way.
-    ptx::griddepcontrol_launch_dependents();
-    if (kVectors == 0 && lane == 0) {
-      ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
-      const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
-      if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
-    }
-    ptx::syncwarp();
-  }
-  barriers_arrive_and_wait<kClusterSize>(num_threads);
+  sync_cluster<kClusterSize>();
 
   // ---- Consumers ----
   if (warp_idx >= kFirstConsumerWarp) {
+    ptx::griddepcontrol_wait();
+    if (warp_idx == kFirstConsumerWarp) {
+      // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
+      // more than two grids are ever under way.
+      ptx::griddepcontrol_launch_dependents();
+      if (kVectors == 0 && lane == 0) {
+        ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
+        const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
+        if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
+      }
+      ptx::syncwarp();
+    }
     const uint32_t segment = first_segment + (warp_idx - kFirstConsumerWarp) % kSegmentsPerCta;
     const uint32_t group = (warp_idx - kFirstConsumerWarp) / kSegmentsPerCta;
     const uint32_t num_groups = plan.num_consumer_warps / kSegmentsPerCta;
@@ -304,7 +288,6 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     const uint32_t end_vector = segments.first_vector(segment + 1) - slice_first_vector;
     float activations[kVectors > 0 ? kVectors : 1][kVectorSize];
     if constexpr (kVectors > 0) {
-      ptx::griddepcontrol_wait();
       const uint32_t vector = slice_first_vector + first_vector + lane;
       load_activations<DType, kVectors>(static_cast<const uint16_t*>(problem.mlp_intermediate) + vector * kVectorSize, lane,
                                         end_vector - first_vector, activations);
@@ -353,10 +336,8 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
       const uint32_t row = lane / (kNumLanes / kRows);
       const bool hands_on = lane % (kNumLanes / kRows) == 0 && row < tile_rows;
       // Every lane that stores or arrives, and no other: the slot's next phase waits for these, others could miss it.
-      if (hands_on || (kClusterSize == 1 && lane == 0)) {
-        if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
-      }
       if (hands_on) {
+        if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
         const uint32_t owner = row % kClusterSize;
         const ptx::SharedAddress partial = partials(slot.idx, row / kClusterSize, segment);
         if constexpr (kClusterSize == 1) {

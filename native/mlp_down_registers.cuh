@@ -99,7 +99,7 @@ mlp_down_registers(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER M
     const uint32_t cta_row = lane / (kNumLanes / kRows);
     ptx::st_shared(smem_partials + (cta_row * kNumSegments + segment) * uint32_t{sizeof(float)}, segment_sum);
   }
-  ptx::bar_sync(kRegistersThreads);
+  ptx::bar_sync();
 
   // ---- Epilogue: segments in order, bias, residuals, one rounding ----
   if (owns_row) {

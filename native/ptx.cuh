@@ -205,17 +205,15 @@ MLPDOWN_DEVICE void st_async(ClusterAddress destination, float value, ClusterAdd
 
 // ---- CTA barrier --------------------------------------------------------------------------------------------------------------------
 
-// One barrier for num_threads threads of the CTA (all of them here), whole warps at a time: each arrives once, by one of the two.
-// bar_sync waits for all; what any wrote to shared memory before is visible after.
-MLPDOWN_DEVICE void bar_arrive(uint32_t num_threads) { asm volatile("barrier.cta.arrive.aligned 0, %0;" ::"r"(num_threads) : "memory"); }
-MLPDOWN_DEVICE void bar_sync(uint32_t num_threads) { asm volatile("barrier.cta.sync.aligned 0, %0;" ::"r"(num_threads) : "memory"); }
+// All threads of the CTA wait for each other; what any wrote to shared memory before is visible after.
+MLPDOWN_DEVICE void bar_sync() { asm volatile("barrier.cta.sync.aligned 0;" ::: "memory"); }
 
 // ---- Cluster barrier ------------------------------------------------------------------------------------------------------------
 
-// Every thread of the cluster arrives once and waits once, whole warps at a time. Relaxed: of what was done before the arrival, only the
+// Every thread of the cluster arrives and waits at once, whole warps at a time. Relaxed: of what was done before the arrival, only the
 // mbarriers that fence_mbarrier_init published are sure to be seen after the wait (a release costs a fence to global memory here).
-// Not for a cluster of one CTA: there the compiler makes the wait a bar.sync of the CTA and the arrival nothing, so that no thread gets
-// past its wait before every thread has come to its own.
+// A warp that arrives and waits later has two traps. Of a cluster of one, the compiler makes the wait a bar.sync and the arrival nothing;
+// and compute-sanitizer's racecheck lets none past its wait before all have come to theirs.
 MLPDOWN_DEVICE void barrier_cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 MLPDOWN_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 

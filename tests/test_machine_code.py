@@ -36,7 +36,6 @@ CLUSTER_INSTRUCTIONS = {
 }
 # In a cluster of one, where none of these may be: the compiler makes waits for the whole CTA of a cluster's barrier.
 SINGLE_INSTRUCTIONS = {
-    "BAR.ARV": "the producer's arrival at the CTA's barrier, past which it goes on (barrier.cta.arrive)",
     "BAR.SYNC": "waits at the CTA's barrier (barrier.cta.sync)",
 }
 # Local memory, tensor cores, atomics: none of these belongs here.

@@ -52,10 +52,10 @@ _INIT_FULL = "ptx::mbarrier_init(full_barriers(stage_idx), 1);"
 _INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);"
 _FENCE_FULL = f"{_INIT_FULL}\n        ptx::fence_mbarrier_init();"
 _FENCE_EMPTY = f"{_INIT_EMPTY}\n      ptx::fence_mbarrier_init();"
-_ARRIVE_AND_WAIT = "  barriers_arrive_and_wait<kClusterSize>(num_threads);\n\n  // ---- Consumers ----"
-_PRODUCER_ARRIVES = "    barriers_arrive<kClusterSize>(num_threads);\n"
+_PRODUCER_SYNC = "    sync_cluster<kClusterSize>();\n    if (lane == 0) {\n      RingPosition landing;"
+_OTHERS_SYNC = "  sync_cluster<kClusterSize>();\n\n  // ---- Consumers ----"
 _CLUSTER_ARRIVE_AND_WAIT = "    ptx::barrier_cluster_arrive_relaxed();\n    ptx::barrier_cluster_wait();\n"
-_CTA_SYNC = "    ptx::bar_sync(num_threads);\n"
+_CTA_SYNC = "    ptx::bar_sync();\n  } else {\n"
 _EARLY_ARRIVAL = (
     "  if (warp_idx == kEpilogueWarp && lane == 0) {\n"
     "    ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize));\n"
@@ -66,13 +66,14 @@ _INIT_ALL_EMPTY = (
     f"      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {_FENCE_EMPTY}\n"
     "    }\n"
 )
-_BEFORE_ARRIVAL = (
-    f"{_INIT_ALL_EMPTY}    ptx::syncwarp();\n"
-    "    // Who touches a barrier that another warp initialised, or another CTA's memory, first waits for all threads of "
-    "the cluster. This warp\n"
-    f"    // does neither, and goes on.\n{_PRODUCER_ARRIVES}"
+_NEEDS_NONE = (
+    "    // Here this warp needs none of the others. It waits with them all the same, while the first copy is on its way: "
+    "see ptx.cuh.\n"
 )
-_AFTER_ARRIVAL = f"    }}\n    ptx::syncwarp();\n{_PRODUCER_ARRIVES}    if (lane == 0) {{\n{_INIT_ALL_EMPTY}"
+_BEFORE_SYNC = f"{_INIT_ALL_EMPTY}{_NEEDS_NONE}    ptx::syncwarp();\n    sync_cluster<kClusterSize>();\n"
+_AFTER_SYNC = (
+    f"    }}\n    ptx::syncwarp();\n    sync_cluster<kClusterSize>();\n    if (lane == 0) {{\n{_INIT_ALL_EMPTY}"
+)
 _WAIT_EMPTY = "ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);"
 _WAIT_LANDING = "ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);"
 _EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes)"
@@ -82,9 +83,8 @@ _TILE_ROWS = "const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;"
 _FILL_AT_START = "if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();"
 _FILL_LATER = "for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {"
 _PRODUCER_DEPENDENCE = "if (stage_idx == 0 && !plan.weight_prefetch) ptx::griddepcontrol_wait();"
-_ACTIVATION_DEPENDENCE = "  if (warp_idx == kFirstConsumerWarp) {\n    ptx::griddepcontrol_wait();"
+_CONSUMER_DEPENDENCE = "  if (warp_idx >= kFirstConsumerWarp) {\n    ptx::griddepcontrol_wait();"
 _WAIT_ACTIVATION = "      ptx::mbarrier_wait(activation_barrier, 0);"
-_LOAD_DEPENDENCE = "      ptx::griddepcontrol_wait();\n      const uint32_t vector ="
 _HAS_VECTOR = "return i + 2 < kVectors || i * kNumLanes + lane < num_vectors;"
 _LOAD_WEIGHTS = "if (!has_vector<kVectors>(first + i, lane, num_vectors)) continue;"
 _WAIT_FULL = "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);"
@@ -99,7 +99,7 @@ _EXPECT_SLOT = (
     "      ptx::mbarrier_arrive_expect_tx(partials_full(slot.idx), num_owned_rows * kNumSegments *"
 )
 _WAIT_PARTIALS = "wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);"
-_BAR_SYNC = "  ptx::bar_sync(kRegistersThreads);\n"
+_BAR_SYNC = "  ptx::bar_sync();\n\n"
 _STORE = "ptx::st_global(static_cast<uint16_t*>(problem.out) + row, "
 
 FAULTS = (
@@ -188,14 +188,14 @@ FAULTS = (
     Fault(
         "empty barriers are initialised after the warp has arrived",
         "barrier not visible",
-        _BEFORE_ARRIVAL,
-        _AFTER_ARRIVAL,
+        _BEFORE_SYNC,
+        _AFTER_SYNC,
     ),
     Fault(
         "empty barriers of a lone CTA are initialised after the warp has arrived",
         "barrier not visible",
-        _BEFORE_ARRIVAL,
-        _AFTER_ARRIVAL,
+        _BEFORE_SYNC,
+        _AFTER_SYNC,
         plan=LONE_CTA,
     ),
     Fault(
@@ -204,12 +204,12 @@ FAULTS = (
         "mbarrier_init(activation_barrier, 1);\n    ptx::fence_mbarrier_init();",
         "mbarrier_init(activation_barrier, 1);",
     ),
-    Fault("consumers do not wait for the cluster", "barrier not visible", _CLUSTER_ARRIVE_AND_WAIT, ""),
+    Fault("warps do not wait for the cluster", "barrier not visible", _CLUSTER_ARRIVE_AND_WAIT, ""),
     Fault(
         "a rank writes to another that may not have started",
         "absent CTA",
-        _ARRIVE_AND_WAIT,
-        _EARLY_ARRIVAL + _ARRIVE_AND_WAIT,
+        _OTHERS_SYNC,
+        _EARLY_ARRIVAL + _OTHERS_SYNC,
     ),
     Fault(
         "threads arrive twice at the cluster barrier",
@@ -223,23 +223,22 @@ FAULTS = (
         "a lone CTA comes to the cluster barrier",
         "cluster barrier",
         _CTA_SYNC,
-        _CLUSTER_ARRIVE_AND_WAIT,
+        f"{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n",
         plan=LONE_CTA,
     ),
-    Fault("producer of a lone CTA does not arrive", "CTA barrier", _PRODUCER_ARRIVES, "", plan=LONE_CTA),
     changed(
-        "the threads of a lone CTA are miscounted",
-        "CTA barrier",
-        _CTA_SYNC,
-        "num_threads",
-        "num_threads - kNumLanes",
-        plan=LONE_CTA,
+        "a warp leaves the cluster barrier without waiting",
+        "cluster barrier",
+        _PRODUCER_SYNC,
+        "sync_cluster<kClusterSize>()",
+        "ptx::barrier_cluster_arrive_relaxed()",
     ),
-    Fault(
-        "producer of a lone CTA arrives twice",
+    changed(
+        "producer of a lone CTA stays out of its barrier",
         "CTA barrier",
-        _PRODUCER_ARRIVES,
-        _PRODUCER_ARRIVES * 2,
+        _PRODUCER_SYNC,
+        "    sync_cluster<kClusterSize>();\n",
+        "",
         plan=LONE_CTA,
     ),
     changed(
@@ -306,7 +305,7 @@ FAULTS = (
     Fault(
         "the lanes of a warp reach two cluster barriers",
         "divergence",
-        _ARRIVE_AND_WAIT,
+        _OTHERS_SYNC,
         f"  if (lane == 0) {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }}\n  // ---- Consumers ----",
     ),
     # Addresses
@@ -350,16 +349,15 @@ FAULTS = (
     Fault(
         "the activation is read before the wait",
         "early read",
-        _ACTIVATION_DEPENDENCE,
-        _ACTIVATION_DEPENDENCE.split("\n")[0],
+        _CONSUMER_DEPENDENCE,
+        _CONSUMER_DEPENDENCE.split("\n")[0],
         plan=PREFETCH,
     ),
-    changed(
+    Fault(
         "activations are loaded before the wait",
         "early read",
-        _LOAD_DEPENDENCE,
-        "      ptx::griddepcontrol_wait();\n",
-        "",
+        _CONSUMER_DEPENDENCE,
+        _CONSUMER_DEPENDENCE.split("\n")[0],
         plan=ACTIVATION_IN_REGISTERS,
     ),
     Fault("epilogue reads before the wait", "early read", _EPILOGUE_DEPENDENCE, ""),
@@ -465,7 +463,7 @@ FAULTS = (
         "one warp stays out of the barrier",
         "CTA barrier",
         _BAR_SYNC,
-        "  if (segment != 3) ptx::bar_sync(kRegistersThreads);\n",
+        f"  if (segment != 3) {_BAR_SYNC}",
         plan=REGISTERS,
     ),
     Fault(
@@ -482,11 +480,12 @@ FAULTS = (
         f"  if (lane == 0) {{\n{_BAR_SYNC}  }} else {{\n{_BAR_SYNC}  }}\n",
         plan=REGISTERS,
     ),
-    Fault(
+    changed(
         "the producer alone waits for its CTA",
         "deadlock",
-        _PRODUCER_ARRIVES,
-        f"{_PRODUCER_ARRIVES}    ptx::bar_sync(num_threads);\n",
+        _PRODUCER_SYNC,
+        "sync_cluster<kClusterSize>();\n",
+        "sync_cluster<kClusterSize>();\n    ptx::bar_sync();\n",
     ),
     Fault(
         "registers prefetch without leave",

@@ -97,7 +97,6 @@ struct Mbarrier {
 struct GroupBarrier {
   uint32_t num_threads = 0;
   uint32_t num_arrived = 0;
-  uint32_t num_left_since_arrival = 0;
   int64_t generation = 0;
   Clock arrived, completed;
   std::vector<Thread*> waiting = {};
@@ -130,7 +129,6 @@ struct Thread {
   Warp* warp;
   Clock clock;
   bool has_waited_for_earlier_grids;
-  int64_t cta_barrier_generation = -1;      // the last one arrived at; -1: none
   int64_t cluster_barrier_generation = -1;  // the one arrived at and not yet waited for; -1: none
   std::vector<Mbarrier*> initialised = {};  // barriers that this thread has yet to publish by a fence
   std::vector<Epoch> published = {};        // and those that it has

@@ -267,35 +267,16 @@ void st_async(ClusterAddress destination, float value, ClusterAddress barrier_ad
 
 // ---- CTA barrier ----------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-// Stricter than some machines, which forgive threads that have left. Returns the generation arrived at.
-int64_t arrive_at_cta_barrier(Thread& thread, const char* operation, uint32_t num_threads, Where where) {
-  meet(thread, operation, where, [](Warp&, Thread*) {});
+// Stricter than some machines, which forgive threads that have left.
+void bar_sync(Where where) {
+  Thread& thread = begin(where);
+  meet(thread, "bar_sync", where, [](Warp&, Thread*) {});
   GroupBarrier& barrier = thread.cta->barrier;
-  if (num_threads != cluster.launch->num_threads) {
-    fail("CTA barrier", thread, where, "for " + std::to_string(num_threads) + " threads, in a CTA of " + std::to_string(cluster.launch->num_threads));
-  }
-  if (thread.cta->num_alive + barrier.num_left_since_arrival < barrier.num_threads) {
-    fail("CTA barrier", thread, where, "threads of this CTA have left without coming here");
-  }
+  if (thread.cta->num_alive < barrier.num_threads) fail("CTA barrier", thread, where, "threads of this CTA have left without coming here");
   const int64_t generation = barrier.generation;
-  if (thread.cta_barrier_generation == generation) fail("CTA barrier", thread, where, "this thread comes twice before all others have come");
-  thread.cta_barrier_generation = generation;
   barrier.arrived.learn(thread.clock);
   thread.tick();
   count_arrival(barrier);
-  return generation;
-}
-
-}  // namespace
-
-void bar_arrive(uint32_t num_threads, Where where) { arrive_at_cta_barrier(begin(where), "bar_arrive", num_threads, where); }
-
-void bar_sync(uint32_t num_threads, Where where) {
-  Thread& thread = begin(where);
-  const int64_t generation = arrive_at_cta_barrier(thread, "bar_sync", num_threads, where);
-  GroupBarrier& barrier = thread.cta->barrier;
   while (generation == barrier.generation) {
     barrier.waiting.push_back(&thread);
     block("bar_sync");

@@ -77,8 +77,7 @@ MLPDOWN_DEVICE void cp_async_bulk_evict_first(SharedAddress destination, const v
 ClusterAddress mapa(SharedAddress address, uint32_t cta_rank, Where where = Where::current());
 void st_async(ClusterAddress destination, float value, ClusterAddress barrier, Where where = Where::current());
 
-void bar_arrive(uint32_t num_threads, Where where = Where::current());
-void bar_sync(uint32_t num_threads, Where where = Where::current());
+void bar_sync(Where where = Where::current());
 void barrier_cluster_arrive_relaxed(Where where = Where::current());
 void barrier_cluster_wait(Where where = Where::current());
 

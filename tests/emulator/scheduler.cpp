@@ -23,15 +23,12 @@ void run_current_thread() {
     if (thread.warp->arrived.any()) {
       fail("absent lane", thread, thread.warp->where, std::string("the lane has left, its warp waits for it in ") + thread.warp->operation);
     }
-    GroupBarrier& cta_barrier = thread.cta->barrier;
-    if (thread.cta_barrier_generation == cta_barrier.generation) {
-      ++cta_barrier.num_left_since_arrival;
-    } else if (cta_barrier.num_arrived > 0) {
+    if (thread.cta->barrier.num_arrived > 0) {
       fail("CTA barrier", thread, thread.where, "this thread leaves without coming to the barrier that others of its CTA come to");
     }
+    if (thread.cluster_barrier_generation >= 0) fail("cluster barrier", thread, thread.where, "this thread arrives, and leaves without waiting");
     GroupBarrier& barrier = cluster.barrier;
-    const bool has_arrived = thread.cluster_barrier_generation == barrier.generation;
-    has_arrived ? ++barrier.num_left_since_arrival : --barrier.num_threads;
+    --barrier.num_threads;
     complete_if_all_arrived(barrier);
     --cluster.num_alive;
     if (--thread.cta->num_alive == 0) leave(*thread.cta, thread);
@@ -160,8 +157,6 @@ Thread& begin(Where where) {
 
 void complete_if_all_arrived(GroupBarrier& barrier) {
   if (barrier.num_arrived == 0 || barrier.num_arrived < barrier.num_threads) return;
-  barrier.num_threads -= barrier.num_left_since_arrival;
-  barrier.num_left_since_arrival = 0;
   barrier.num_arrived = 0;
   ++barrier.generation;
   barrier.completed = barrier.arrived;
