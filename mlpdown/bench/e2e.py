@@ -18,16 +18,17 @@ import mlpdown
 from mlpdown import native_backend
 from mlpdown.bench import e2e_models
 from mlpdown.bench.e2e_check import CheckError
-from mlpdown.bench.e2e_decode import Decoder
+from mlpdown.bench.e2e_decode import Decoder, has_inductor_pdl
 from mlpdown.bench.e2e_passes import Passes
 from mlpdown.bench.e2e_report import Report, mode_label
 from mlpdown.bench.e2e_subject import NUM_CHECKED_TOKENS, Subject
 from mlpdown.bench.e2e_timing import Clock, EventClock, WallClock, time_in_turns
 from mlpdown.bench.peers import TimeLimitExpired, time_limit
-from mlpdown.plan import choose_plan
+from mlpdown.plan import RING_COMPUTE_CAPABILITY, choose_plan
 
-MODES = ("graph", "compile", "loop", "eager")
-STATIC_MODES = ("graph", "compile")
+MODES = ("graph", "compile", "compile-pdl", "loop", "eager")
+COMPILED_MODES = ("compile", "compile-pdl")
+STATIC_MODES = ("graph", *COMPILED_MODES)
 PROMPT_LENGTH = 8
 CACHE_GRANULARITY = 16
 # Attention reads all of a static cache, and who asks for few tokens gets a small one: lengths up to this have a cache of their own.
@@ -55,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{' and '.join(STATIC_MODES)}, whose steps are all alike, take the longest up to {SHORT_TOKENS} and the longest",
     )
     parser.add_argument(
-        "--modes", type=_modes, default=MODES, help=f"any of {','.join(MODES)} (default: all that can run)"
+        "--modes",
+        type=_modes,
+        default=MODES,
+        help=f"any of {','.join(MODES)} (default: all that can run); compile-pdl lets the compiler's kernels start early too, as "
+        "TORCHINDUCTOR_ENABLE_PDL=1 does",
     )
     parser.add_argument("--backend", default="auto", help="of the patched model: auto, native, numba or torch")
     parser.add_argument(
@@ -196,14 +201,15 @@ class Benchmark:
         """Modes and lengths in the order in which they run: what takes long to build and says least new comes last."""
         short = [length for length in self.lengths if length <= SHORT_TOKENS][-1:]
         long = [length for length in self.lengths if length > SHORT_TOKENS][-1:]
-        stages = [("graph", short), ("compile", short), ("loop", self.lengths)]
-        stages += [("graph", long), ("compile", long), ("eager", self.lengths)]
+        stages = [*((mode, short) for mode in STATIC_MODES), ("loop", self.lengths)]
+        stages += [*((mode, long) for mode in STATIC_MODES), ("eager", self.lengths)]
         return [(mode, lengths) for mode, lengths in stages if lengths and mode in self.arguments.modes]
 
     def run_stage(self, mode: str, lengths: list[int], cache_length: int | None, what: str) -> None:
         """Build both decoders, check them, time them."""
-        if mode == "graph" and not self.on_cuda:
-            self.report.not_run.append(f"{what}: a CUDA graph needs a CUDA device")
+        reason = self.reason_against(mode)
+        if reason is not None:
+            self.report.not_run.append(f"{what}: {reason}")
             return
         earlier = [sum(seconds) for name, seconds in self.report.build_seconds.items() if name.split(",")[0] == mode]
         needed, left = max(earlier, default=0.0), self.seconds_left()
@@ -211,7 +217,7 @@ class Benchmark:
             building = f", building takes {needed:.0f} s" if needed else ""
             self.report.not_run.append(f"{what}: {max(left, 0.0):.0f} s are left of --seconds{building}")
             return
-        if mode == "compile":
+        if mode in COMPILED_MODES:
             torch._dynamo.reset()
             # A signal can end the compiler, which knows no limit; the other modes build at once.
             with time_limit(min(BUILD_LIMIT_SECONDS, left)):
@@ -219,6 +225,17 @@ class Benchmark:
         else:
             decoders = self.build(mode, cache_length)
         self.measure(mode, lengths, cache_length, what, *decoders)
+
+    def reason_against(self, mode: str) -> str | None:
+        """Why a mode cannot run here; None if it can."""
+        if mode == "graph" and not self.on_cuda:
+            return "a CUDA graph needs a CUDA device"
+        if mode == "compile-pdl":
+            if not has_inductor_pdl():
+                return f"the compiler of torch {torch.__version__} has no triton.enable_pdl"
+            if not self.on_cuda or torch.cuda.get_device_capability(self.device) < RING_COMPUTE_CAPABILITY:
+                return "dependent launch needs a GPU of compute capability 9.0 or newer"
+        return None
 
     def build(self, mode: str, cache_length: int | None) -> tuple[Decoder, Decoder]:
         """The stock and the patched decoder of a mode, warm."""

@@ -61,9 +61,12 @@ class StaticDecoder:
 
     Args:
         max_length: positions of the cache. compile: whether ``torch.compile`` takes the model. graph: whether a step is captured.
+        pdl: whether the compiler's kernels have programmatic dependent launch, where it can write such kernels at all.
     """
 
-    def __init__(self, model: Any, prompt: torch.Tensor, max_length: int, *, compile: bool, graph: bool) -> None:
+    def __init__(
+        self, model: Any, prompt: torch.Tensor, max_length: int, *, compile: bool, graph: bool, pdl: bool = False
+    ) -> None:
         from transformers import StaticCache
 
         self.model, self.prompt = model, prompt
@@ -78,9 +81,10 @@ class StaticDecoder:
         with torch.no_grad():
             self._prefill()
         self.rewind()
-        self._run: Callable[[], None] = self._capture() if graph else self._decode
-        if not graph:
-            self._warm_up()
+        with inductor_pdl(pdl):  # the first call compiles
+            self._run: Callable[[], None] = self._capture() if graph else self._decode
+            if not graph:
+                self._warm_up()
         self.rewind()
 
     def _prefill(self) -> None:
@@ -140,6 +144,20 @@ class StaticDecoder:
 
     def calls_of_op(self) -> dict[str, int]:
         return self.counted_calls
+
+
+def has_inductor_pdl() -> bool:
+    """Whether this torch's compiler knows programmatic dependent launch."""
+    import torch._inductor.config
+
+    return hasattr(torch._inductor.config.triton, "enable_pdl")
+
+
+def inductor_pdl(enable: bool) -> contextlib.AbstractContextManager[Any]:
+    """What is compiled meanwhile has programmatic dependent launch, or has it not, whatever the environment says."""
+    if not has_inductor_pdl():
+        return contextlib.nullcontext()
+    return torch._inductor.config.patch({"triton.enable_pdl": enable})
 
 
 class LoopDecoder:

@@ -75,4 +75,11 @@ class Subject:
         model = self.patched_model if is_patched else self.model
         if cache_length is None:
             return EagerDecoder(model, self.prompt)
-        return StaticDecoder(model, self.prompt, cache_length, compile=mode == "compile", graph=self.prompt.is_cuda)
+        return StaticDecoder(
+            model,
+            self.prompt,
+            cache_length,
+            compile=mode in ("compile", "compile-pdl"),
+            graph=self.prompt.is_cuda,
+            pdl=mode == "compile-pdl",
+        )

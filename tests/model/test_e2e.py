@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mlpdown.ops
@@ -155,6 +156,32 @@ def test_compiler_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch,
     assert "building was given up" in json.loads(results.read_text())["failed"][0]
 
 
+@pytest.mark.parametrize("pdl", [False, True])
+def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(
+    pdl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[bool] = []
+    monkeypatch.setattr(StaticDecoder, "_warm_up", lambda decoder: settings.append(inductor.triton.enable_pdl))
+    with inductor.patch({"triton.enable_pdl": not pdl}):
+        StaticDecoder(make(torch.float16)[0], PROMPT, 32, compile=False, graph=False, pdl=pdl)
+        assert settings == [pdl] and inductor.triton.enable_pdl is not pdl
+
+
+def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = tmp_path / "e2e.json"
+    words = ["--modes", "compile-pdl", "--tokens", "4", "--json", str(results)]
+    assert run_command(*words) == 0
+    label = "compile-pdl, cache of 48, to 4 tokens"
+    reason = "dependent launch needs a GPU of compute capability 9.0 or newer"
+    assert json.loads(results.read_text())["not_run"] == [f"{label}: {reason}"]
+    monkeypatch.setattr(e2e, "has_inductor_pdl", lambda: False)
+    assert run_command(*words) == 0
+    reason = f"the compiler of torch {torch.__version__} has no triton.enable_pdl"
+    assert json.loads(results.read_text())["not_run"] == [f"{label}: {reason}"]
+
+
 def test_what_is_decoded_first_comes_first() -> None:
     parser = argparse.ArgumentParser()
     e2e.add_arguments(parser)
@@ -162,9 +189,11 @@ def test_what_is_decoded_first_comes_first() -> None:
     assert bench.stages() == [
         ("graph", [256]),
         ("compile", [256]),
+        ("compile-pdl", [256]),
         ("loop", [16, 256, 2048]),
         ("graph", [2048]),
         ("compile", [2048]),
+        ("compile-pdl", [2048]),
         ("eager", [16, 256, 2048]),
     ]
 
