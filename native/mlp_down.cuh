@@ -270,11 +270,8 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   // ---- Consumers ----
   if (warp_idx >= kFirstConsumerWarp) {
     ptx::griddepcontrol_wait();
-    if (warp_idx == kFirstConsumerWarp) {
-      // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
-      // more than two grids are ever under way.
-      ptx::griddepcontrol_launch_dependents();
-      if (kVectors == 0 && lane == 0) {
+    if (kVectors == 0 && warp_idx == kFirstConsumerWarp) {
+      if (lane == 0) {
         ptx::mbarrier_arrive_expect_tx(activation_barrier, slice_bytes);
         const uint16_t* const source = static_cast<const uint16_t*>(problem.mlp_intermediate) + slice_first_vector * kVectorSize;
         if (slice_bytes > 0) ptx::cp_async_bulk(smem_activation, source, slice_bytes, activation_barrier);
@@ -357,9 +354,12 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   }
 
   // ---- Epilogue: segments in order, bias, residuals, one rounding ----
-  if (cta_rank_in_cluster >= kNumOwners) return;
   // Reads what earlier kernels wrote, and writes what they may still be reading.
   ptx::griddepcontrol_wait();
+  // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
+  // more than two grids are ever under way.
+  ptx::griddepcontrol_launch_dependents();
+  if (cta_rank_in_cluster >= kNumOwners) return;
 
   // Of each tile this CTA owns the rows rank, rank + kClusterSize, ...; lanes take owned rows of as many tiles as they reach, a window,
   // so that a window's bias and residuals arrive together, ahead of its sums.

@@ -150,13 +150,14 @@ const TestCase kCases[] = {
 };
 
 // For racecheck, whose time goes with the bytes, with those of stages filled anew, and with warps that look at barriers: one CTA an SM, one
-// group of warps, and hardly more tiles than it takes. All rings wrap, and the slots in a cluster of one and in clusters of two and eight,
-// with stores to other CTAs.
+// group of warps, and hardly more tiles than it takes. All rings wrap, and the slots in a cluster of one and in clusters, with stores to other
+// CTAs.
 const TestCase kRacecheckCases[] = {
     {2250, 3584, false, true, false, {1, 1, 16, 8, 8, kShared, 0, kNoPrefetch, 1}},
     {2390, 3584, true, true, false, {1, 1, 16, 8, 8, kRegisters, 1, kPrefetch, 1}},
     {2400, 3584, false, false, false, {1, 2, 8, 4, 8, kRegisters, 0, kNoPrefetch, 1}},
     {1150, 7168, true, true, false, {2, 1, 16, 8, 4, kShared, 0, kNoPrefetch, 1}},
+    {2300, 7168, false, true, false, {4, 4, 8, 4, 2, kShared, 0, kPrefetch, 1}},
     {290, 28672, false, true, false, {8, 1, 16, 8, 1, kShared, 0, kPrefetch, 1}},
 };
 
