@@ -197,61 +197,45 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
     return smem + layout.ring + stage_idx * layout.stage_bytes + row * slice_bytes;
   };
 
-  // Barriers are initialised by one lane each of the warps that need them first.
-
-  // ---- Producer: one lane ----
-  if (warp_idx == kProducerWarp) {
-    const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) + static_cast<uint64_t>(first_row) * problem.intermediate_dim +
-                             slice_first_vector * kVectorSize;
-    uint32_t rows_left = num_rows;
-    RingPosition stage;
-    const auto fill_stage = [&] {
-      const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;
-      const ptx::SharedAddress barrier = full_barriers(stage.idx);
-      ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes);
-      if constexpr (kClusterSize == 1) {
-        // Whole rows follow each other in memory: one copy.
-        ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, 0), weight, tile_rows * slice_bytes, barrier);
-      } else if (slice_bytes > 0) {
-        for (uint32_t row = 0; row < tile_rows; ++row) {
-          ptx::cp_async_bulk_evict_first(smem_weight(stage.idx, row), weight + row * problem.intermediate_dim, slice_bytes, barrier);
-        }
+  // ---- Stages ----
+  // The producer's next one, and what is left to be copied.
+  RingPosition next_stage;
+  uint32_t rows_left = num_rows;
+  const uint16_t* weight =
+      static_cast<const uint16_t*>(problem.weight) + static_cast<uint64_t>(first_row) * problem.intermediate_dim + slice_first_vector * kVectorSize;
+  const auto fill_stage = [&] {
+    const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;
+    const ptx::SharedAddress barrier = full_barriers(next_stage.idx);
+    ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes);
+    if constexpr (kClusterSize == 1) {
+      // Whole rows follow each other in memory: one copy.
+      ptx::cp_async_bulk_evict_first(smem_weight(next_stage.idx, 0), weight, tile_rows * slice_bytes, barrier);
+    } else if (slice_bytes > 0) {
+      for (uint32_t row = 0; row < tile_rows; ++row) {
+        ptx::cp_async_bulk_evict_first(smem_weight(next_stage.idx, row), weight + row * problem.intermediate_dim, slice_bytes, barrier);
       }
-      weight += static_cast<uint64_t>(kRows) * problem.intermediate_dim;
-      rows_left -= tile_rows;
-      stage.advance(1, plan.num_stages);
-    };
+    }
+    weight += static_cast<uint64_t>(kRows) * problem.intermediate_dim;
+    rows_left -= tile_rows;
+    next_stage.advance(1, plan.num_stages);
+  };
 
-    // Memory idles until the first copy: a stage is filled as soon as its own barrier stands, and the rest is set up behind the copies.
-    if (lane == 0) {
+  // ---- Barriers, and the first copies ----
+  // Each is initialised by the warp that needs it first. Memory idles until the first copy: a stage is filled as soon as its own barrier
+  // stands, and the rest is set up behind the copies.
+  if (warp_idx == kProducerWarp && lane == 0) {
 #pragma unroll 1
-      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
-        ptx::mbarrier_init(full_barriers(stage_idx), 1);
-        ptx::fence_mbarrier_init();
-        // Only a weight that nobody is writing may be read before the wait for earlier kernels.
-        if (stage_idx == 0 && !plan.weight_prefetch) ptx::griddepcontrol_wait();
-        if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();
-      }
-#pragma unroll 1
-      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
+    for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
+      ptx::mbarrier_init(full_barriers(stage_idx), 1);
       ptx::fence_mbarrier_init();
+      // Only a weight that nobody is writing may be read before the wait for earlier kernels.
+      if (stage_idx == 0 && !plan.weight_prefetch) ptx::griddepcontrol_wait();
+      if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();
     }
-    // Here this warp needs none of the others. It waits with them all the same, while the first copy is on its way: see ptx.cuh.
-    ptx::syncwarp();
-    sync_cluster<kClusterSize>();
-    if (lane == 0) {
-      RingPosition landing;  // the stage whose copies are the oldest under way
-      for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {
-        // All that an SM has asked for waits in one queue, the activation too: more than keeps memory busy only makes it longer.
-        ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);
-        landing.advance(1, plan.num_stages);
-        if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);
-        fill_stage();
-      }
-    }
-    return;
+#pragma unroll 1
+    for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);
+    ptx::fence_mbarrier_init();
   }
-
   if (warp_idx == kEpilogueWarp && lane == 0) {
 #pragma unroll 1
     for (uint32_t slot_idx = 0; slot_idx < kNumPartialSlots; ++slot_idx) {
@@ -266,6 +250,21 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   }
   ptx::syncwarp();
   sync_cluster<kClusterSize>();
+
+  // ---- Producer: one lane ----
+  if (warp_idx == kProducerWarp) {
+    if (lane == 0) {
+      RingPosition landing;  // the stage whose copies are the oldest under way
+      for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {
+        // All that an SM has asked for waits in one queue, the activation too: more than keeps memory busy only makes it longer.
+        ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);
+        landing.advance(1, plan.num_stages);
+        if (tile >= plan.num_stages) ptx::mbarrier_wait(empty_barriers(next_stage.idx), next_stage.phase ^ 1);
+        fill_stage();
+      }
+    }
+    return;
+  }
 
   // ---- Consumers ----
   if (warp_idx >= kFirstConsumerWarp) {

@@ -50,10 +50,9 @@ def changed(name: str, check: str, line: str, old: str, new: str, **options: Any
 
 _INIT_FULL = "ptx::mbarrier_init(full_barriers(stage_idx), 1);"
 _INIT_EMPTY = "ptx::mbarrier_init(empty_barriers(stage_idx), kSegmentsPerCta);"
-_FENCE_FULL = f"{_INIT_FULL}\n        ptx::fence_mbarrier_init();"
-_FENCE_EMPTY = f"{_INIT_EMPTY}\n      ptx::fence_mbarrier_init();"
-_PRODUCER_SYNC = "    sync_cluster<kClusterSize>();\n    if (lane == 0) {\n      RingPosition landing;"
-_OTHERS_SYNC = "  sync_cluster<kClusterSize>();\n\n  // ---- Consumers ----"
+_FENCE_FULL = f"{_INIT_FULL}\n      ptx::fence_mbarrier_init();"
+_FENCE_EMPTY = f"{_INIT_EMPTY}\n    ptx::fence_mbarrier_init();"
+_SYNC = "  sync_cluster<kClusterSize>();\n"
 _CLUSTER_ARRIVE_AND_WAIT = "    ptx::barrier_cluster_arrive_relaxed();\n    ptx::barrier_cluster_wait();\n"
 _CTA_SYNC = "    ptx::bar_sync();\n  } else {\n"
 _EARLY_ARRIVAL = (
@@ -61,24 +60,17 @@ _EARLY_ARRIVAL = (
     "    ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize));\n"
     "  }\n"
 )
-_INIT_ALL_EMPTY = (
-    "#pragma unroll 1\n"
-    f"      for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {_FENCE_EMPTY}\n"
-    "    }\n"
+_INIT_ACTIVATION = (
+    "  if (kVectors == 0 && warp_idx == kFirstConsumerWarp && lane == 0) {\n"
+    "    ptx::mbarrier_init(activation_barrier, 1);\n"
+    "    ptx::fence_mbarrier_init();\n"
+    "  }\n"
 )
-_NEEDS_NONE = (
-    "    // Here this warp needs none of the others. It waits with them all the same, while the first copy is on its way: "
-    "see ptx.cuh.\n"
-)
-_BEFORE_SYNC = f"{_INIT_ALL_EMPTY}{_NEEDS_NONE}    ptx::syncwarp();\n    sync_cluster<kClusterSize>();\n"
-_AFTER_SYNC = (
-    f"    }}\n    ptx::syncwarp();\n    sync_cluster<kClusterSize>();\n    if (lane == 0) {{\n{_INIT_ALL_EMPTY}"
-)
-_WAIT_EMPTY = "ptx::mbarrier_wait(empty_barriers(stage.idx), stage.phase ^ 1);"
+_WAIT_EMPTY = "ptx::mbarrier_wait(empty_barriers(next_stage.idx), next_stage.phase ^ 1);"
 _WAIT_LANDING = "ptx::mbarrier_wait(full_barriers(landing.idx), landing.phase);"
 _EXPECT_STAGE = "ptx::mbarrier_arrive_expect_tx(barrier, tile_rows * slice_bytes)"
 _ROW_COPY = "weight + row * problem.intermediate_dim, slice_bytes"
-_WEIGHT = "const uint16_t* weight = static_cast<const uint16_t*>(problem.weight) +"
+_WEIGHT = "const uint16_t* weight =\n      static_cast<const uint16_t*>(problem.weight) +"
 _TILE_ROWS = "const uint32_t tile_rows = rows_left < kRows ? rows_left : kRows;"
 _FILL_AT_START = "if (stage_idx < plan.stages_in_flight && rows_left > 0) fill_stage();"
 _FILL_LATER = "for (uint32_t tile = plan.stages_in_flight; rows_left > 0; ++tile) {"
@@ -186,16 +178,16 @@ FAULTS = (
     Fault("a stage is filled before the fence", "barrier not visible", _FENCE_FULL, _INIT_FULL, plan=PREFETCH),
     Fault("empty barriers are initialised without the fence", "barrier not visible", _FENCE_EMPTY, _INIT_EMPTY),
     Fault(
-        "empty barriers are initialised after the warp has arrived",
+        "a barrier is initialised after the cluster has met",
         "barrier not visible",
-        _BEFORE_SYNC,
-        _AFTER_SYNC,
+        f"{_INIT_ACTIVATION}  ptx::syncwarp();\n{_SYNC}",
+        f"  ptx::syncwarp();\n{_SYNC}{_INIT_ACTIVATION}",
     ),
     Fault(
-        "empty barriers of a lone CTA are initialised after the warp has arrived",
+        "a barrier of a lone CTA is initialised after its warps have met",
         "barrier not visible",
-        _BEFORE_SYNC,
-        _AFTER_SYNC,
+        f"{_INIT_ACTIVATION}  ptx::syncwarp();\n{_SYNC}",
+        f"  ptx::syncwarp();\n{_SYNC}{_INIT_ACTIVATION}",
         plan=LONE_CTA,
     ),
     Fault(
@@ -208,8 +200,8 @@ FAULTS = (
     Fault(
         "a rank writes to another that may not have started",
         "absent CTA",
-        _OTHERS_SYNC,
-        _EARLY_ARRIVAL + _OTHERS_SYNC,
+        _SYNC,
+        _EARLY_ARRIVAL + _SYNC,
     ),
     Fault(
         "threads arrive twice at the cluster barrier",
@@ -226,19 +218,17 @@ FAULTS = (
         f"{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n",
         plan=LONE_CTA,
     ),
-    changed(
+    Fault(
         "a warp leaves the cluster barrier without waiting",
         "cluster barrier",
-        _PRODUCER_SYNC,
-        "sync_cluster<kClusterSize>()",
-        "ptx::barrier_cluster_arrive_relaxed()",
+        _SYNC,
+        f"  if (warp_idx == kProducerWarp) {{\n    ptx::barrier_cluster_arrive_relaxed();\n  }} else {{\n{_SYNC}  }}\n",
     ),
-    changed(
+    Fault(
         "producer of a lone CTA stays out of its barrier",
         "CTA barrier",
-        _PRODUCER_SYNC,
-        "    sync_cluster<kClusterSize>();\n",
-        "",
+        _SYNC,
+        f"  if (warp_idx != kProducerWarp) {_SYNC}",
         plan=LONE_CTA,
     ),
     changed(
@@ -305,8 +295,8 @@ FAULTS = (
     Fault(
         "the lanes of a warp reach two cluster barriers",
         "divergence",
-        _OTHERS_SYNC,
-        f"  if (lane == 0) {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }}\n  // ---- Consumers ----",
+        _SYNC,
+        f"  if (lane == 0) {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }} else {{\n{_CLUSTER_ARRIVE_AND_WAIT}  }}\n",
     ),
     # Addresses
     changed("a copy takes the row below", "out of bounds", _ROW_COPY, "+ row", "+ (row + 1)"),
@@ -480,12 +470,11 @@ FAULTS = (
         f"  if (lane == 0) {{\n{_BAR_SYNC}  }} else {{\n{_BAR_SYNC}  }}\n",
         plan=REGISTERS,
     ),
-    changed(
+    Fault(
         "the producer alone waits for its CTA",
         "deadlock",
-        _PRODUCER_SYNC,
-        "sync_cluster<kClusterSize>();\n",
-        "sync_cluster<kClusterSize>();\n    ptx::bar_sync();\n",
+        _SYNC,
+        f"{_SYNC}  if (warp_idx == kProducerWarp) ptx::bar_sync();\n",
     ),
     Fault(
         "registers prefetch without leave",

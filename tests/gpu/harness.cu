@@ -157,7 +157,7 @@ const TestCase kRacecheckCases[] = {
     {2390, 3584, true, true, false, {1, 1, 16, 8, 8, kRegisters, 1, kPrefetch, 1}},
     {2400, 3584, false, false, false, {1, 2, 8, 4, 8, kRegisters, 0, kNoPrefetch, 1}},
     {1150, 7168, true, true, false, {2, 1, 16, 8, 4, kShared, 0, kNoPrefetch, 1}},
-    {2300, 7168, false, true, false, {4, 4, 8, 4, 2, kShared, 0, kPrefetch, 1}},
+    {580, 14336, false, true, false, {4, 1, 16, 8, 2, kShared, 0, kPrefetch, 1}},
     {290, 28672, false, true, false, {8, 1, 16, 8, 1, kShared, 0, kPrefetch, 1}},
 };
 

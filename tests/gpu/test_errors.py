@@ -89,7 +89,7 @@ def test_mixed_dtypes(name: str) -> None:
 
 def test_wrong_shapes() -> None:
     changes = {
-        r"\(transposed\?\)$": {"weight": good()["weight"].t().contiguous()},
+        r"\(transposed, or another tensor for mlp_intermediate\?\)$": {"weight": good()["weight"].t().contiguous()},
         r"^weight must be a matrix": {"weight": good()["weight"][0].contiguous()},
         r"^bias must be \[hidden_dim\] = \[96\], got \[8\]$": {"bias": good()["bias"][:8]},
         r"^attn_output must have the shape": {"attn_output": good()["attn_output"][0]},
