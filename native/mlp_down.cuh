@@ -222,7 +222,8 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
 
   // ---- Barriers, and the first copies ----
   // Each is initialised by the warp that needs it first. Memory idles until the first copy: a stage is filled as soon as its own barrier
-  // stands, and the rest is set up behind the copies.
+  // stands, and the rest is set up behind the copies. No other warp waits for earlier kernels before the barrier of all: that would hold back a
+  // producer that may prefetch.
   if (warp_idx == kProducerWarp && lane == 0) {
 #pragma unroll 1
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {
@@ -353,10 +354,9 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   }
 
   // ---- Epilogue: segments in order, bias, residuals, one rounding ----
-  // Reads what earlier kernels wrote, and writes what they may still be reading.
+  // This warp reads what earlier kernels wrote, and writes what they may still be reading. Once they have ended, the next grid may line up: its
+  // CTAs start as these leave, and its launch costs no time. Not sooner, so that no more than two grids are ever under way.
   ptx::griddepcontrol_wait();
-  // From here on the next grid may line up: its CTAs start as these leave, and its launch costs no time. Not before the wait, so that no
-  // more than two grids are ever under way.
   ptx::griddepcontrol_launch_dependents();
   if (cta_rank_in_cluster >= kNumOwners) return;
 

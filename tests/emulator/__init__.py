@@ -20,7 +20,7 @@ What is modelled
     - What is known to have happened before what (vector clocks): an access that is ordered by luck fails under every schedule. Waits
       acquire what their scope covers; the cluster barrier's relaxed arrival releases fenced initialisations only; shuffles, nothing.
     - Warps that meet in shuffles, syncwarp, CTA and cluster barriers; CTAs that start and leave at different times.
-    - Dependent launch: earlier grids end at some later moment.
+    - Dependent launch: earlier grids end at some later moment, or, to see what is prefetched, when nothing else can happen.
 
 What is not
     - Time, caches, bank conflicts, registers: nothing here says how fast the kernel is.
@@ -42,10 +42,11 @@ The checks, each of which ``faults.py`` puts to the test
     overwrite                 of shared memory that somebody may still be reading, or that another write goes to
     absent CTA                access to a CTA that has left, or that is not known to have started
     early exit                a CTA leaves while something is on its way to it
-    cluster barrier           arrivals and waits of a thread do not alternate; or one CTA is all there is
-    CTA barrier               a thread leaves without coming to a barrier that others of its CTA come to, comes twice, or counts wrong
+    cluster barrier           arrivals and waits of a thread do not alternate, or it leaves in between; or one CTA is all there is
+    CTA barrier               a thread leaves without coming to a barrier that others of its CTA come to
     absent lane, divergence   a warp meets without some of its lanes, or its lanes in different places
     out of bounds, misaligned
     early read, early write   of global memory, before the thread has waited for earlier grids; the weight, unless it may be prefetched
+    early dependents          let in by a thread that has not waited for earlier grids
     write to an input, read of the output, second write
 """

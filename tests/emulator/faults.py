@@ -83,7 +83,9 @@ _WAIT_FULL = "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);"
 _WAIT_SLOT = "if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);"
 _FOLD = "const float segment_sum = fold_lanes<kRows>(sums, lane);\n\n      // ---- Segment sums meet"
 _RELEASE_STAGE = "      ptx::syncwarp();\n      if (lane == 0) ptx::mbarrier_arrive(empty_barriers(stage.idx));"
-_EPILOGUE_DEPENDENCE = "they may still be reading.\n  ptx::griddepcontrol_wait();"
+_EPILOGUE_DEPENDENCE = (
+    "ever under way.\n  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();"
+)
 _EPILOGUE_LOOP = "for (uint32_t tile = 0; tile < num_tiles; ++tile) {\n    if (tile % kTilesPerWindow == 0) {"
 _CONSUMER_LOOP = "for (uint32_t tile = group; tile < num_tiles; tile += num_groups) {"
 _EXPECT_SLOT = (
@@ -350,6 +352,12 @@ FAULTS = (
         _CONSUMER_DEPENDENCE.split("\n")[0],
         plan=ACTIVATION_IN_REGISTERS,
     ),
+    Fault(
+        "dependents are let in before the wait",
+        "early dependents",
+        _SYNC,
+        f"  if (warp_idx == kEpilogueWarp) ptx::griddepcontrol_launch_dependents();\n{_SYNC}",
+    ),
     Fault("epilogue reads before the wait", "early read", _EPILOGUE_DEPENDENCE, ""),
     Fault("epilogue writes before the wait", "early write", _EPILOGUE_DEPENDENCE, "", is_partial_sums=True),
     # The activation in registers
@@ -486,8 +494,8 @@ FAULTS = (
     Fault(
         "registers do not wait for earlier grids",
         "early read",
-        "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
-        "",
+        "load_weights(vector);\n  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
+        "load_weights(vector);\n",
         plan=dataclasses.replace(REGISTERS, weight_prefetch=True),
     ),
     changed("each CTA begins one row late", "wrong bits", "ptx::cta_idx() * kRows;", ";", " + 1;", plan=REGISTERS),

@@ -96,6 +96,7 @@ struct EmulatorResult {
   uint64_t num_switches;
   uint64_t num_landings;
   uint64_t num_phases;
+  uint64_t bytes_prefetched;
   char check[32];  // the check that failed; empty if none did
   char report[8192];
 };
@@ -109,7 +110,8 @@ uint16_t emulator_cvt_rn_f16_f32(float value) { return ptx::cvt_rn_f16_f32(value
 uint16_t emulator_cvt_rn_bf16_f32(float value) { return ptx::cvt_rn_bf16_f32(value); }
 
 // Nonzero if this build lacks the instantiation. num_clusters is the ring's: the other kernel has a CTA for every few rows.
-int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, EmulatorResult* result) {
+int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, bool earlier_grids_last,
+                    EmulatorResult* result) {
   const Arguments arguments{*problem, *plan, share_out(problem->hidden_dim, num_clusters, plan->stagger_rows)};
   const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*problem, *plan) : find_kernel<Float16>(*problem, *plan);
   if (kernel == nullptr) return 1;
@@ -130,6 +132,7 @@ int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint
     launch.num_barriers = layout.activation_barrier / kBarrierBytes + 1;
   }
   launch.is_dependent = plan->dependent_launch != 0;
+  launch.earlier_grids_last = earlier_grids_last;
   launch.seed = seed;
   launch.kernel = kernel;
   launch.arguments = &arguments;
@@ -154,6 +157,7 @@ int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint
   result->num_switches = emulator::statistics.num_switches;
   result->num_landings = emulator::statistics.num_landings;
   result->num_phases = emulator::statistics.num_phases;
+  result->bytes_prefetched = emulator::statistics.bytes_prefetched;
   return 0;
 }
 

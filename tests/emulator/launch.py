@@ -45,6 +45,7 @@ class Statistics(NamedTuple):
     num_switches: int
     num_landings: int
     num_phases: int
+    bytes_prefetched: int
 
 
 class _Result(ctypes.Structure):
@@ -52,6 +53,7 @@ class _Result(ctypes.Structure):
         ("num_switches", ctypes.c_uint64),
         ("num_landings", ctypes.c_uint64),
         ("num_phases", ctypes.c_uint64),
+        ("bytes_prefetched", ctypes.c_uint64),
         ("check", ctypes.c_char * 32),
         ("report", ctypes.c_char * 8192),
     )
@@ -93,6 +95,7 @@ class Kernel:
             ctypes.c_void_p,
             ctypes.c_uint32,
             ctypes.c_uint64,
+            ctypes.c_bool,
             ctypes.c_void_p,
         ]
         self.widen_float16 = self._library.emulator_cvt_f32_f16
@@ -106,11 +109,19 @@ class Kernel:
             function.argtypes, function.restype = [ctypes.c_float], ctypes.c_uint16
 
     def launch(
-        self, inputs: Inputs, plan: Plan, *, seed: int, num_clusters: int = 1, is_partial_sums: bool = False
+        self,
+        inputs: Inputs,
+        plan: Plan,
+        *,
+        seed: int,
+        num_clusters: int = 1,
+        is_partial_sums: bool = False,
+        earlier_grids_last: bool = False,
     ) -> tuple[npt.NDArray[Any], Statistics]:
         """Run one call under the schedule that ``seed`` stands for.
 
-        ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. Returns ``out``, ``[hidden_dim]``, as bits, or
+        ``num_clusters`` is the size of the ring's grid; the registers kernel has its own. ``earlier_grids_last``: they end when nothing
+        else can happen in the cluster, not at some moment. Returns ``out``, ``[hidden_dim]``, as bits, or
         as float32 for partial sums; and what it took.
 
         Raises:
@@ -138,10 +149,12 @@ class Kernel:
         c_plan = _structure("MlpDownPlan")(**dataclasses.asdict(plan))
         result = _Result()
         if self._library.emulator_launch(
-            ctypes.byref(problem), ctypes.byref(c_plan), num_clusters, seed, ctypes.byref(result)
+            ctypes.byref(problem), ctypes.byref(c_plan), num_clusters, seed, earlier_grids_last, ctypes.byref(result)
         ):
             raise ValueError(f"plan must be one of the instantiations that were built, got {plan}")
         if result.check:
             raise ProtocolViolation(result.check.decode(), result.report.decode(), seed)
         self.launched.append((inputs.weight.shape, plan))
-        return out, Statistics(result.num_switches, result.num_landings, result.num_phases)
+        return out, Statistics(
+            result.num_switches, result.num_landings, result.num_phases, result.bytes_prefetched
+        )

@@ -42,7 +42,8 @@ struct Launch {
   uint32_t num_threads;  // of a CTA
   uint32_t shared_memory_bytes;
   uint32_t num_barriers;  // of a CTA
-  bool is_dependent;  // the grid before is still running at the start
+  bool is_dependent;        // the grid before is still running at the start
+  bool earlier_grids_last;  // and ends when nothing else can happen, not at some moment
   uint64_t seed;
   std::vector<Tensor> tensors;
   void (*kernel)(const void* arguments);
@@ -51,9 +52,10 @@ struct Launch {
 };
 
 struct Statistics {
-  uint64_t num_switches = 0;  // from one thread to another
-  uint64_t num_landings = 0;  // of pieces of copies, of stores and of remote arrivals
-  uint64_t num_phases = 0;    // completed by mbarriers
+  uint64_t num_switches = 0;      // from one thread to another
+  uint64_t num_landings = 0;      // of pieces of copies, of stores and of remote arrivals
+  uint64_t num_phases = 0;        // completed by mbarriers
+  uint64_t bytes_prefetched = 0;  // by copies that were issued before earlier grids had ended
 };
 
 // Runs all clusters, one after the other. Throws Violation.

@@ -63,6 +63,7 @@ void dispatch(Event event) {
   ++event.target->num_in_flight;
   if (event.kind != Event::Kind::kRemoteArrival) {
     event.barrier->bytes_in_flight += event.num_bytes;
+    if (!cluster.earlier_grids_have_ended) statistics.bytes_prefetched += event.num_bytes;
     for (uint32_t at = event.offset; at < event.offset + event.num_bytes; at += 4) ++event.target->words[at / 4].num_in_flight;
   }
   event.sequence = ++cluster.num_dispatched;
@@ -321,6 +322,12 @@ void griddepcontrol_wait(Where where) {
     block("wait for earlier grids");
   }
   thread.has_waited_for_earlier_grids = true;
+}
+
+// Results would be right all the same, as the next grid waits for this one. But ever more grids would be under way.
+void griddepcontrol_launch_dependents(Where where) {
+  Thread& thread = begin(where);
+  if (!thread.has_waited_for_earlier_grids) fail("early dependents", thread, where, "this thread has not executed griddepcontrol_wait");
 }
 
 }  // namespace ptx

@@ -82,8 +82,7 @@ void barrier_cluster_arrive_relaxed(Where where = Where::current());
 void barrier_cluster_wait(Where where = Where::current());
 
 void griddepcontrol_wait(Where where = Where::current());
-// The next grid's own wait covers all that this one writes, whenever it was let in: nothing to check.
-MLPDOWN_DEVICE void griddepcontrol_launch_dependents() {}
+void griddepcontrol_launch_dependents(Where where = Where::current());
 
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ void prepare(const Launch& launch, uint32_t cluster_idx) {
   cluster.barrier.num_threads = num_threads;
   cluster.barrier.arrived = Clock(num_actors);
   cluster.earlier_grids_have_ended = !launch.is_dependent;
-  if (launch.is_dependent) cluster.events.push_back({.kind = Event::Kind::kEarlierGridsEnd});
+  if (launch.is_dependent && !launch.earlier_grids_last) cluster.events.push_back({.kind = Event::Kind::kEarlierGridsEnd});
   fibers.prepare(num_threads);
 }
 
@@ -99,7 +99,9 @@ void run_cluster() {
       }
     }
     if (runnable.empty()) {
-      if (events.empty()) fail_deadlock();
+      if (!events.empty()) continue;
+      if (cluster.earlier_grids_have_ended) fail_deadlock();
+      events.push_back({.kind = Event::Kind::kEarlierGridsEnd});  // held back until now
       continue;
     }
     uint32_t chosen = random_numbers.below(static_cast<uint32_t>(runnable.size()));

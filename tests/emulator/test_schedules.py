@@ -77,6 +77,27 @@ def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
         assert_same_bits(out, expected, f"{plan}, seed {seed}")
 
 
+@pytest.mark.parametrize("weight_prefetch", [False, True])
+@pytest.mark.parametrize("plan", [Plan(1, 1, 5, 2, 8, activation_in_registers=True), Plan(4, 2, 3, 1, 2)], ids=str)
+def test_the_whole_ring_is_filled_before_earlier_grids_end_if_the_weight_may_be_prefetched(
+    kernel: Kernel, plan: Plan, weight_prefetch: bool
+) -> None:
+    """Nobody that waits for earlier grids may hold the producer, whose copies beyond those in flight come behind the CTA's barrier."""
+    inputs = make_inputs(50, 192, "float16", 1)
+    num_clusters = 2
+    ring_bytes = plan.num_stages * plan.rows_per_stage * inputs.weight[0].nbytes
+    for seed in range(20):
+        out, statistics = kernel.launch(
+            inputs,
+            dataclasses.replace(plan, weight_prefetch=weight_prefetch),
+            num_clusters=num_clusters,
+            seed=seed,
+            earlier_grids_last=True,
+        )
+        assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
+        assert statistics.bytes_prefetched == (num_clusters * ring_bytes if weight_prefetch else 0)
+
+
 def test_a_seed_replays_exactly(kernel: Kernel) -> None:
     inputs = make_inputs(44, 200, "float16", 1)
     plan = Plan(4, 2, 3, 2, 2)

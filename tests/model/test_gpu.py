@@ -12,7 +12,7 @@ import torch
 
 import mlpdown
 from mlpdown.bench import e2e, e2e_models
-from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, StaticDecoder
+from mlpdown.bench.e2e_decode import Decoder, EagerDecoder, StaticDecoder, has_inductor_pdl
 
 from .conftest import NUM_LAYERS, greedy, make_model, step
 
@@ -129,7 +129,8 @@ def test_e2e_command_in_every_mode(tmp_path: Path) -> None:
     words = ["--size", "70m", "--tokens", "16,64", "--pairs", "8", "--weight-prefetch", "--json", str(results)]
     assert e2e.main(parser.parse_args(words)) == 0
     content = json.loads(results.read_text())
-    assert {row["mode"] for row in content["rows"]} == set(e2e.MODES)
-    assert content["not_run"] == content["failed"] == []
+    modes = set(e2e.MODES) - (set() if has_inductor_pdl() else {"compile-pdl"})
+    assert {row["mode"] for row in content["rows"]} == modes
+    assert len(content["not_run"]) == len(e2e.MODES) - len(modes) and content["failed"] == []
     num_layers = e2e_models.SIZES["70m"].num_layers
-    assert [calls["patched"] for calls in content["calls_of_op"].values()] == [{e2e.NATIVE_OP: num_layers}] * len(e2e.MODES)
+    assert [calls["patched"] for calls in content["calls_of_op"].values()] == [{e2e.NATIVE_OP: num_layers}] * len(modes)
