@@ -110,7 +110,7 @@ def _model_figures(content: dict[str, Any]) -> str:
         _made_on(content["machine"]),
         "",
         f"{content['model']}, {content['dtype']}{prefetch}. Medians over blocks of a few tokens that PyTorch and mlpdown decode in turns.",
-        "The ratio is that of a pair of such blocks; in brackets, where its median lies with 95 %.",
+        "The ratio is that of a pair of such blocks; in brackets, where its median lies with 95 %, were pairs independent.",
         "",
         "| mode | tokens | PyTorch ms/token | mlpdown ms/token | ratio |",
         "|---|---:|---:|---:|---:|",
@@ -128,6 +128,8 @@ def _model_figures(content: dict[str, Any]) -> str:
     lines.append("")
     if noisy:
         lines += [f"Too noisy to say anything (mode and tokens): {', '.join(noisy)}.", ""]
+    if content["not_run"]:
+        lines += [f"Not run: {'; '.join(entry.split(':')[0] for entry in content['not_run'])}.", ""]
     if content["failed"]:
         lines += [f"Failed there: {'; '.join(content['failed'])}.", ""]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ BARS = {
     "compiled": ("torch.compile, best form", "#7f7f7f"),
     "read_only": ("kernel that only reads", "#e3c26f"),
     "native_isolated": ("mlpdown, isolated", "#7fb3d5"),
-    "native_chained_prefetch": ("mlpdown, chained", "#1f618d"),
+    "native_chained_prefetch": ("mlpdown, chained, prefetch", "#1f618d"),
     "torch": ("PyTorch", "#b8b8b8"),
     "numba": ("mlpdown, specification", "#7fb3d5"),
 }

@@ -108,8 +108,9 @@ def test_tool_finds_nothing_in_the_kernel(tool: str, harness: Path, record_prope
     assert_all_cases_right(verdict.output, ring_cases())
 
 
-def test_racecheck_finds_a_planted_fault(harness: Path) -> None:
+def test_racecheck_finds_a_planted_fault(harness: Path, record_property: Callable[[str, object], None]) -> None:
     verdict = sanitize("racecheck", harness, "plant", "racecheck")
+    record_property("hazards", verdict.num_errors + verdict.num_warnings)
     assert verdict.num_errors + verdict.num_warnings > 0, verdict.output
 
 
