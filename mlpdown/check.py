@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import accuracy, ops
+from .arguments import output_file
 from .backends import backends
 from .cases import KINDS, TORCH_DTYPES, Case, make_case
 from .checkpoint import CheckpointError, read_layer
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="DIR", help="take weight and bias from a GPT-NeoX checkpoint's safetensors"
     )
     parser.add_argument("--layer", type=int, metavar="N", help="with --model: of this layer, from 0 (0)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
+    parser.add_argument("--json", type=output_file, metavar="PATH", help="write the results there too")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -97,11 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not broken:
         console.print("Every promise holds.")
     if arguments.json is not None:
-        try:
-            arguments.json.write_text(json.dumps(_report(arguments, cases, status, results, broken), indent=1) + "\n")
-        except OSError as error:
-            print(f"mlpdown check: the results cannot be written: {error}", file=sys.stderr)
-            return 2
+        arguments.json.write_text(json.dumps(_report(arguments, cases, status, results, broken), indent=1) + "\n")
     return 1 if broken else 0
 
 

@@ -17,17 +17,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import mlpdown
 
 from .bench import machine
+from .bench.tables import new_console
 from .receipt_readme import README, RECEIPTS, update_readme
 from .receipt_stages import STAGES, Outcome, run_stage, summarize
 
 SCHEMA_VERSION = 1
-LOG_COLUMNS = 160
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--out must be a folder without {name}, got {folder}")
     facts = machine.describe()
     facts["commit"] = arguments.commit or facts["commit"]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_COLUMNS)
+    console = new_console()
     outcomes: dict[str, Outcome] = {}
     for name, stage in STAGES.items():
         if name in asked:

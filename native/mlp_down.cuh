@@ -23,10 +23,15 @@
 //   activation_barrier        first consumer, 1 + slice's bytes   -> consumers (kVectors 0 only)
 //   partials_full[slot]       epilogue, 1 + 32 bytes a row owned  -> epilogue: all segment sums of the tile's owned rows are here
 //                             (a cluster of one: a consumer warp for every segment)
-//   partials_empty[slot]      the epilogue of every owner         -> consumers: all owners have read the slot, each at its own CTA
+//   partials_empty[slot]      the epilogue of every owner, at     -> consumers of that rank: all owners have read the slot
+//                             every rank's barrier
+//
+// Dependent launch: the kernel may start while earlier ones are still running. Whoever reads what these wrote, or writes what they may be
+// reading, waits for them first: the producer (unless the weight may be prefetched), the consumers for the activation, the epilogue for
+// everything else. The epilogue then lets the next kernel in.
 //
 // The specification, reference/kernel.py, has the sections that compute under the same names and in the same order: sizes, shared memory,
-// consumers, where segment sums meet, epilogue. Barriers and producer are mechanism, and stand here only.
+// consumers, where segment sums meet, epilogue. Stages, barriers and producer are mechanism, and stand here only.
 #pragma once
 
 #include <arithmetic.cuh>
@@ -221,8 +226,8 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   };
 
   // ---- Barriers, and the first copies ----
-  // Each is initialised by the warp that needs it first. Memory idles until the first copy: a stage is filled as soon as its own barrier
-  // stands, and the rest is set up behind the copies. No other warp waits for earlier kernels before the barrier of all: that would hold back a
+  // Each is initialised by a warp that uses it. Memory idles until the first copy: a stage is filled as soon as its own barrier stands, and the
+  // rest is set up behind the copies. No other warp waits for earlier kernels before the barrier of all: that would hold back a
   // producer that may prefetch.
   if (warp_idx == kProducerWarp && lane == 0) {
 #pragma unroll 1
@@ -332,7 +337,8 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
       // ---- Segment sums meet, at the owner of the row ----
       const uint32_t row = lane / (kNumLanes / kRows);
       const bool hands_on = lane % (kNumLanes / kRows) == 0 && row < tile_rows;
-      // Every lane that stores or arrives, and no other: the slot's next phase waits for these, others could miss it.
+      // Every lane that stores or arrives waits, and no other: the slot's next phase waits for these. For another lane it would not, and a
+      // parity that has changed twice looks like one that has not changed.
       if (hands_on) {
         if (tile >= kNumPartialSlots) wait_for_cluster<kClusterSize>(partials_empty(slot.idx), slot.phase ^ 1);
         const uint32_t owner = row % kClusterSize;

@@ -187,11 +187,6 @@ def test_wrong_options_are_exit_status_2(options: list[str], words: str, capsys:
     assert words in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", *SMALL, "--json", str(tmp_path / "no-folder" / "report.json")]) == 2
-    assert "the results cannot be written" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("dtype", "value", "expected"),
     [

@@ -8,10 +8,10 @@ import math
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from .results import Report, median, quartiles, read_report
+from .tables import new_console
 
 # A change is one when it exceeds this much of the old value, and three times the spread of both samples.
 SMALLEST_CHANGE = 0.02
@@ -69,7 +69,8 @@ def main(arguments: argparse.Namespace) -> int:
         return 2
     table = Table(title=f"{old.machine['gpu'] or 'CPU'}: {arguments.old} to {arguments.new}", title_justify="left")
     for heading in ("shape", "candidate", "old us", "new us", "new over old", "noise", ""):
-        table.add_column(heading, justify="left" if heading in ("shape", "candidate", "") else "right")
+        is_name = heading in ("shape", "candidate")
+        table.add_column(heading, justify="left" if is_name or not heading else "right", no_wrap=is_name)
     for change in changes:
         table.add_row(
             change.label,
@@ -81,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
             change.verdict,
             style="bold red" if change.is_regression else None,
         )
-    console = Console()
+    console = new_console()
     console.print(table)
     num_regressions = sum(change.is_regression for change in changes)
     console.print("No regression." if not num_regressions else f"{num_regressions} of ours became slower, or are no longer measured.")

@@ -9,13 +9,14 @@ import importlib.util
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import mlpdown
 from mlpdown import native_backend
+from mlpdown.arguments import device as device_argument
+from mlpdown.arguments import output_file
 from mlpdown.bench import e2e_models
 from mlpdown.bench.e2e_check import CheckError
 from mlpdown.bench.e2e_decode import Decoder, has_inductor_pdl
@@ -24,6 +25,7 @@ from mlpdown.bench.e2e_report import Report, mode_label
 from mlpdown.bench.e2e_subject import NUM_CHECKED_TOKENS, Subject
 from mlpdown.bench.e2e_timing import Clock, EventClock, WallClock, time_in_turns
 from mlpdown.bench.peers import TimeLimitExpired, time_limit
+from mlpdown.bench.tables import new_console
 from mlpdown.plan import RING_COMPUTE_CAPABILITY, choose_plan
 
 MODES = ("graph", "compile", "compile-pdl", "loop", "eager")
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=e2e_models.SIZES, help="size of random weights (default: 2.8b on a GPU, tiny without)"
     )
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", type=device_argument, help="default: cuda where there is one")
     parser.add_argument(
         "--tokens",
         type=_numbers,
@@ -76,15 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=420, help="start nothing that would end later than this (default: 420)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every block and what it ran on")
+    parser.add_argument("--json", type=output_file, metavar="PATH", help="write every block and what it ran on")
     parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="draw time per token (.svg or .png; needs matplotlib)"
+        "--plot", type=output_file, metavar="PATH", help="draw time per token (.svg or .png; needs matplotlib)"
     )
     parser.add_argument("--commit", help="the commit to record, where the checkout does not say")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the benchmark. Returns 0, 1 if a mode failed or computes something wrong, 2 for arguments that do not go together."""
+    """Run the benchmark. Returns 0; 1 if a mode failed or computes something wrong, or none could run; 2 for arguments that do not go
+    together."""
     try:
         bench = Benchmark(arguments)
     except (ValueError, RuntimeError) as error:
@@ -95,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     except CheckError as error:
         print(f"mlpdown bench e2e: {error}", file=sys.stderr)
         return 1
-    return 1 if bench.report.failed else 0
+    return 1 if bench.report.failed or not bench.report.rows else 0
 
 
 class Benchmark:
@@ -106,9 +109,7 @@ class Benchmark:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from rich.console import Console
-
-        self.console = Console(width=None if sys.stdout.isatty() else 140)
+        self.console = new_console()
         self.begin = time.perf_counter()
         self.arguments = arguments
         self.device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -323,10 +324,9 @@ def positions(num_tokens: int) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return number
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:

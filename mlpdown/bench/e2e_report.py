@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 2
+# Of fewer, no interval holds the median with 95 %: it is from the least to the largest of all.
+FEWEST_PAIRS = 6
 
 
 @dataclasses.dataclass
@@ -69,7 +71,8 @@ class Report:
                 str(row.num_tokens),
                 str(len(row.pairs)),
                 *("{:.3f} ({:.3f}-{:.3f})".format(ms.median, *ms.quartiles) for ms in (row.stock_ms, row.patched_ms)),
-                f"{row.ratio.median:.3f} ({row.ratio.low:.3f}-{row.ratio.high:.3f})",
+                f"{row.ratio.median:.3f} ({row.ratio.low:.3f}-{row.ratio.high:.3f})"
+                + ("" if len(row.pairs) >= FEWEST_PAIRS else ", all"),
                 f"{row.total_stock_ms / row.total_patched_ms:.3f}",
             )
         return table
@@ -108,7 +111,6 @@ class Report:
         }
         # A pair a line would be most of the file.
         text = json.dumps(content, indent=1).removesuffix("\n}") + ",\n" + json.dumps(pairs)[1:] + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
     def write_plot(self, path: Path) -> None:

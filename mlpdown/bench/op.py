@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -14,13 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mlpdown
 
+from ..arguments import device as device_argument
+from ..arguments import output_file
 from ..build import BuildError
 from . import machine, plans
 from .chain import CheckError
 from .measure import Settings, measure, steady_read
 from .results import Report, Result, median
 from .shapes import PYTHIA_2B8, Shape, parse_shapes
-from .tables import detail_table, summary_table
+from .tables import detail_table, new_console, summary_table
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What an H200's own yardsticks must say before its figures count: it is not shared, throttled or otherwise slow.
@@ -28,14 +31,13 @@ H200_STEADY_TB_PER_S = 4.4
 H200_READ_ONLY_US = 13.6
 H200_TORCH_US = 23.0
 MAX_DETAILED = 4
-LOG_COLUMNS = 180  # a file has no edge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlpdown bench op``."""
     parser.add_argument("--shapes", default=PYTHIA_2B8.name, help="names or HIDDENxINTERMEDIATE, with commas, or all (pythia-2.8b)")
     parser.add_argument("--dtypes", default="float16,bfloat16", help="with commas (float16,bfloat16)")
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--device", type=device_argument, help="cuda where there is one, else cpu")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each candidate (30)")
     parser.add_argument("--calls", type=int, help="calls of a chain (32, or more until their weights exceed L2 three times)")
     parser.add_argument(
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plans", action="store_true", help="instead, time a grid of plans of the native kernel at each shape")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
     parser.add_argument("--commit", help="the commit to write down, where the checkout does not say")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every sample and what it was made on")
+    parser.add_argument("--json", type=output_file, metavar="PATH", help="write every sample and what it was made on")
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)"
     )
@@ -53,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns 0, 1 if a candidate computes something wrong, 2 for arguments that cannot be served here."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_COLUMNS)
+    console = new_console()
     try:
         shapes = parse_shapes(arguments.shapes)
         dtypes = [DTYPES[name] for name in arguments.dtypes.split(",")]
@@ -65,6 +65,8 @@ def main(arguments: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         if arguments.rounds < 1 or (arguments.calls is not None and arguments.calls < 1):
             raise ValueError(f"--rounds and --calls must be positive, got {arguments.rounds}, {arguments.calls}")
+        if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
         if arguments.plans:
             status = mlpdown.backends()["native"]
             if device.type != "cuda" or not status.available:
@@ -84,10 +86,10 @@ def main(arguments: argparse.Namespace) -> int:
         except (CheckError, BuildError) as error:
             print(f"mlpdown bench op: {error}", file=sys.stderr)
             return 1
-    if arguments.json is not None:
-        report.write(arguments.json)
     if not arguments.plans:
         _print(report, arguments.rounds, console)
+    if arguments.json is not None:
+        report.write(arguments.json)
     if arguments.plot is not None:
         from .plot import write_plot
 

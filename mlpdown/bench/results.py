@@ -81,7 +81,6 @@ class Report:
 
     def write(self, path: Path) -> None:
         content = {"benchmark": "op", "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
 
 
@@ -93,7 +92,7 @@ def read_report(path: Path) -> Report:
     """
     try:
         content = json.loads(path.read_text())
-        if content.pop("benchmark") != "op" or content.pop("schema_version") != SCHEMA_VERSION:
+        if content.pop("benchmark", None) != "op" or content.pop("schema_version", None) != SCHEMA_VERSION:
             raise ValueError(f"benchmark must be 'op' and schema_version {SCHEMA_VERSION}")
         content["results"] = [Result(**result) for result in content["results"]]
         return Report(**content)

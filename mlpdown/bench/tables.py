@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
 
 from .measure import CANDIDATES
@@ -9,6 +10,15 @@ from .results import Report, Result, median, quartiles
 
 PEERS = ("torch_graph", "compile_multiply_and_sum", "compile_default", "compile_max_autotune")
 COMPILED_PEERS = PEERS[1:]
+
+
+LOG_COLUMNS = 180
+
+
+def new_console() -> Console:
+    """A console of the terminal's width; wide where there is none: a file has no edge, and a table cut to 80 columns no names."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
 def best(result: Result, names: tuple[str, ...]) -> tuple[str, float] | None:
@@ -19,7 +29,7 @@ def best(result: Result, names: tuple[str, ...]) -> tuple[str, float] | None:
 
 def detail_table(result: Result, num_rounds: int) -> Table:
     """Every candidate of one shape and dtype."""
-    title = f"{result.label}: microseconds a call; chains of {result.num_calls} calls over distinct weights, cold L2, {num_rounds} samples"
+    title = f"{result.label}: microseconds a call; chains of {result.num_calls} calls over distinct weights, {num_rounds} samples"
     table = Table(title=title, title_justify="left")
     table.add_column("candidate")
     for heading in ("us a call", "quartiles", "of the floor", "over native chained", "over native isolated"):

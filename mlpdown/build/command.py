@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,8 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         requested = targets.parse_targets(arguments.arch) if arguments.arch else None
     except ValueError as error:
-        raise SystemExit(f"mlpdown build: {error}") from None
+        print(f"mlpdown build: {error}", file=sys.stderr)
+        return 2
     if requested is None:
         requested = targets.targets_for_devices(targets.present_capabilities())
     info = library.build(requested, force=arguments.force, for_this_machine=arguments.arch is None)

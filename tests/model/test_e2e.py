@@ -127,7 +127,7 @@ def test_arguments_that_do_not_go_together(capsys: pytest.CaptureFixture[str], t
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     results = tmp_path / "e2e.json"
-    assert run_command("--modes", "loop", "--tokens", "4,8", "--seconds", "0", "--json", str(results)) == 0
+    assert run_command("--modes", "loop", "--tokens", "4,8", "--seconds", "0", "--json", str(results)) == 1
     content = json.loads(results.read_text())
     assert content["rows"] == []
     assert len(content["not_run"]) == 1 and content["not_run"][0].startswith("loop, to 8 tokens: ")
@@ -173,12 +173,12 @@ def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(
 ) -> None:
     results = tmp_path / "e2e.json"
     words = ["--modes", "compile-pdl", "--tokens", "4", "--json", str(results)]
-    assert run_command(*words) == 0
+    assert run_command(*words) == 1, "nothing could run"
     label = "compile-pdl, cache of 48, to 4 tokens"
     reason = "dependent launch needs a GPU of compute capability 9.0 or newer"
     assert json.loads(results.read_text())["not_run"] == [f"{label}: {reason}"]
     monkeypatch.setattr(e2e, "has_inductor_pdl", lambda: False)
-    assert run_command(*words) == 0
+    assert run_command(*words) == 1, "nothing could run"
     reason = f"the compiler of torch {torch.__version__} has no triton.enable_pdl"
     assert json.loads(results.read_text())["not_run"] == [f"{label}: {reason}"]
 

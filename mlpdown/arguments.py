@@ -1,0 +1,41 @@
+"""Kinds of command line arguments that several commands take: what cannot be served is refused before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def output_file(text: str) -> Path:
+    """A path at which a file can be written. What is there is kept until then."""
+    path = Path(text)
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from None
+    if is_new:
+        path.unlink()
+    return path
+
+
+def device(text: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:1``, if this machine has it; of several GPUs, ``cuda`` is the current one."""
+    import torch
+
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or like cuda:1, got {text}")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"torch {torch.__version__} finds no CUDA GPU here, got {text}")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} GPUs, counted from 0, got {text}")
+    return chosen

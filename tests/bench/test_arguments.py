@@ -1,0 +1,82 @@
+"""Arguments that cannot be served are refused before anything is measured, in one line, with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlpdown import arguments, cli
+from mlpdown.bench.compare import main as compare
+from mlpdown.bench.e2e_passes import Row
+from mlpdown.bench.e2e_report import Report
+from mlpdown.bench.e2e_timing import Pair
+
+
+@pytest.mark.parametrize("command", ["check", "bench op", "bench e2e"])
+def test_results_that_could_not_be_written_are_not_measured(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "results.json"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command.split(), "--json", str(path)])
+        assert stopped.value.code == 2
+        assert "error: argument --json: cannot be written: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_for_results_is_kept_until_they_are_there(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("old")
+    assert arguments.output_file(str(old)) == old and old.read_text() == "old"
+    assert arguments.output_file(str(new)) == new and not new.exists()
+
+
+@pytest.mark.parametrize("command", ["bench op", "bench e2e"])
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "gpu"])
+def test_device_that_is_not_there_is_refused(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), "--device", name])
+    assert stopped.value.code == 2
+    assert f"got {name}" in capsys.readouterr().err
+
+
+def test_device_of_this_machine_is_taken() -> None:
+    assert arguments.device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(argparse.ArgumentTypeError, match="finds no CUDA GPU here, got cuda$"):
+            arguments.device("cuda")
+
+
+def test_numbers_and_architectures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "e2e", "--tokens", "4,b"])
+    assert stopped.value.code == 2
+    assert "argument --tokens: must be a positive number, got b" in capsys.readouterr().err
+    assert cli.main(["build", "--arch", "sm_10"]) == 2
+    assert "arch must be sm_80 or newer, got 'sm_10'" in capsys.readouterr().err
+
+
+def test_another_kind_of_result_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "check.json").write_text("{}")
+    assert compare(argparse.Namespace(old=tmp_path / "check.json", new=tmp_path / "check.json")) == 2
+    assert "check.json is not a result of mlpdown bench op: benchmark must be 'op'" in capsys.readouterr().err
+
+
+def test_interval_of_few_pairs_is_said_to_be_of_all() -> None:
+    def cell(num_pairs: int) -> str:
+        report = Report("tiny", "float16", "CPU", {})
+        report.rows = [Row("loop", None, 4 * num_pairs, [[Pair(4 * end, 4, 3.0, 2.0) for end in range(1, num_pairs + 1)]])]
+        return next(iter(report.table().columns[5].cells))
+
+    assert cell(5) == "1.500 (1.500-1.500), all"
+    assert cell(6) == "1.500 (1.500-1.500)"
+
+
+def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("mlpdown 0.")
