@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
+from . import __version__
 from .build import BuildError
 
 # Each of these modules has add_arguments(parser) and main(arguments) -> exit status; the first line of its docstring is its description.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mlpdown", description="The MLP down projection of a decode step, with bias and residuals, as one kernel."
     )
-    parser.add_argument("--version", action="version", version=f"mlpdown {importlib.metadata.version('mlpdown')}")
+    parser.add_argument("--version", action="version", version=f"mlpdown {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
