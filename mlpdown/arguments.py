@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 def output_file(text: str) -> Path:
     """A path at which a file can be written. What is there is kept until then."""
     path = Path(text)
-    is_new = not path.exists()
+    is_new = not os.path.lexists(path)  # a link that leads nowhere is there
     try:
         path.open("ab").close()
     except OSError as error:
@@ -27,15 +29,13 @@ def device(text: str) -> torch.device:
     """``cpu``, ``cuda`` or ``cuda:1``, if this machine has it; of several GPUs, ``cuda`` is the current one."""
     import torch
 
-    try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in ("cpu", "cuda"):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if match is None:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or like cuda:1, got {text}")
-    if chosen.type == "cuda":
+    if text != "cpu":
         if not torch.cuda.is_available():
             raise argparse.ArgumentTypeError(f"torch {torch.__version__} finds no CUDA GPU here, got {text}")
-        if (chosen.index or 0) >= torch.cuda.device_count():
+        # Before torch sees it, whose indices wrap around.
+        if int(match[1] or 0) >= torch.cuda.device_count():
             raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} GPUs, counted from 0, got {text}")
-    return chosen
+    return torch.device(text)

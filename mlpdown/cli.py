@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BuildError as error:
         print(f"mlpdown {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, say
+        logging.debug("where that came from", exc_info=True)
+        print(f"mlpdown {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _log_level() -> int:

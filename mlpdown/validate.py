@@ -126,7 +126,7 @@ def native_refusal(
 def native_product_refusal(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> Exception | None:
     """The part of :func:`native_refusal` that concerns ``weight @ mlp_intermediate``."""
     if not weight.is_cuda:
-        here = "" if torch.cuda.is_available() else f"; torch {torch.__version__} finds none here"
+        here = f"; torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else ""
         return ValueError(f"weight must be on a CUDA device for backend 'native', got {weight.device}{here}")
     num_tokens = mlp_intermediate.numel() // weight.shape[1]
     if num_tokens > 1:

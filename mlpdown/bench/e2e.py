@@ -41,6 +41,7 @@ REPEAT_SECONDS = 30.0
 # A compiler that takes longer, for both models together, is given up.
 BUILD_LIMIT_SECONDS = 240.0
 NATIVE_OP = "mlpdown::mlp_down"
+PLOT_SUFFIXES = (".svg", ".png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +140,8 @@ class Benchmark:
         )
         if arguments.plot and importlib.util.find_spec("matplotlib") is None:
             raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
+        if arguments.plot and arguments.plot.suffix not in PLOT_SUFFIXES:
+            raise ValueError(f"--plot must end in {' or '.join(PLOT_SUFFIXES)}, got {arguments.plot}")
         settings = {"backend": arguments.backend, "weight_prefetch": arguments.weight_prefetch}
         max_length = positions(self.lengths[-1])
         dtype = getattr(torch, arguments.dtype)
@@ -324,7 +327,7 @@ def positions(num_tokens: int) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return int(text)
 

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", help="the commit to write down, where the checkout does not say")
     parser.add_argument("--json", type=output_file, metavar="PATH", help="write every sample and what it was made on")
     parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)"
+        "--plot",
+        type=output_file,
+        metavar="PATH",
+        help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)",
     )
 
 

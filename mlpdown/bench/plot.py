@@ -61,7 +61,6 @@ def write_plot(report: Report, path: Path) -> list[Path]:
             axes.set_title(f"{report.machine['gpu'] or 'CPU'}, {dtype}, one token", loc="left")
             axes.legend(ncols=3, fontsize=7, loc="upper center")
         paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(paths[0], metadata={"Date": None})
         figure.savefig(paths[1], dpi=160)
     return paths

@@ -28,14 +28,16 @@ def test_results_that_could_not_be_written_are_not_measured(
 
 
 def test_file_for_results_is_kept_until_they_are_there(tmp_path: Path) -> None:
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old, new, link = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "link.json"
     old.write_text("old")
+    link.symlink_to(tmp_path / "target.json")
+    assert arguments.output_file(str(link)).is_symlink()
     assert arguments.output_file(str(old)) == old and old.read_text() == "old"
     assert arguments.output_file(str(new)) == new and not new.exists()
 
 
 @pytest.mark.parametrize("command", ["bench op", "bench e2e"])
-@pytest.mark.parametrize("name", ["cuda:99", "meta", "gpu"])
+@pytest.mark.parametrize("name", ["cuda:99", "cuda:256", "cpu:3", "meta", "gpu"])
 def test_device_that_is_not_there_is_refused(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command.split(), "--device", name])
@@ -48,6 +50,19 @@ def test_device_of_this_machine_is_taken() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(argparse.ArgumentTypeError, match="finds no CUDA GPU here, got cuda$"):
             arguments.device("cuda")
+
+
+def test_disk_that_is_full_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "--hidden-dim", "8", "--intermediate-dim", "64", "--dtype", "float16", "--json", "/dev/full"]
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert "Every promise holds." in printed.out
+    assert printed.err.splitlines()[-1] == "mlpdown check: [Errno 28] No space left on device"
+
+
+def test_plot_that_cannot_be_drawn_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "e2e", "--plot", str(tmp_path / "plot.foo")]) == 2
+    assert "--plot must end in .svg or .png" in capsys.readouterr().err
 
 
 def test_numbers_and_architectures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
