@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 
@@ -281,6 +282,27 @@ class NativePlan(ctypes.Structure):
         ("activation_in_registers", ctypes.c_int),
         ("stagger_rows", ctypes.c_uint),
     ]
+
+
+def describe(chosen: Plan) -> str:
+    """As native/NOTES.md writes it."""
+    if chosen.rows_in_registers:
+        return f"registers, {chosen.rows_in_registers} rows"
+    words = [f"{chosen.rows_per_stage} x {chosen.num_stages}, {chosen.stages_in_flight} under way"]
+    words += [f"cluster of {chosen.cluster_size}"] * (chosen.cluster_size > 1)
+    words += ["activation shared"] * (not chosen.activation_in_registers) + ["staggered"] * (chosen.stagger_rows > 0)
+    return ", ".join(words)
+
+
+def test_notes_have_the_plan_of_every_shape() -> None:
+    notes = (Path(__file__).parent.parent / "native" / "NOTES.md").read_text()
+    columns = [(H200, False), (H200, True), (RTX_5090, False)]
+    for shape in bench.SHAPES:
+        plans = [
+            choose_plan(shape.hidden_dim, shape.intermediate_dim, device, weight_prefetch=weight_prefetch)
+            for device, weight_prefetch in columns
+        ]
+        assert f"\n| {shape} | {' | '.join(map(describe, plans))} | " in notes
 
 
 @pytest.mark.parametrize(
