@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def output_file(text: str) -> Path:
     """A path at which a file can be written. What is there is kept until then."""
     path = Path(text)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return path  # a pipe, say, whose reader would take the first end for the end
     is_new = not os.path.lexists(path)  # a link that leads nowhere is there
     try:
         path.open("ab").close()

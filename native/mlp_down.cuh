@@ -12,9 +12,9 @@
 //   warp 1        epilogue   adds up the segment sums of the rows that this CTA owns, adds bias and residuals, rounds, writes
 //   warps 2 ...   consumers  in groups of a warp for each segment of the slice; group g sums up the tiles g, g + num_groups, ...
 //
-// The activation is the same for all rows. With kVectors > 0 (clusters of one, rows up to 16384 long, or 8192 with two a
-// stage) lanes keep their own vectors of it in registers, converted once: with one row a stage that halves both what is read from shared memory
-// and what is converted, and it leaves the room to the ring. With kVectors 0, the first consumer warp brings the slice into shared memory.
+// The activation is the same for all rows. With kVectors > 0 (clusters of one, rows up to 16384 long, or 8192 with two a stage) lanes keep
+// their own vectors of it in registers, converted once: with one row a stage that halves both what is read from shared memory and what is
+// converted, and it leaves the room to the ring. With kVectors 0, the first consumer warp brings the slice into shared memory.
 //
 // Barriers, who arrives, and how many bytes they expect:
 //   full_barriers[stage]      producer, 1 + the stage's bytes     -> consumers: the stage holds the tile's weights
@@ -226,9 +226,9 @@ mlp_down(MLPDOWN_PARAMETER MlpDownProblem problem, MLPDOWN_PARAMETER MlpDownPlan
   };
 
   // ---- Barriers, and the first copies ----
-  // Each is initialised by a warp that uses it. Memory idles until the first copy: a stage is filled as soon as its own barrier stands, and the
-  // rest is set up behind the copies. No other warp waits for earlier kernels before the barrier of all: that would hold back a
-  // producer that may prefetch.
+  // Each is initialised by a warp that uses it. Memory idles until the first copy: a stage is filled as soon as its own barrier stands, and
+  // the rest is set up behind the copies. No other warp waits for earlier kernels before all have met: that would hold back a producer that
+  // may prefetch.
   if (warp_idx == kProducerWarp && lane == 0) {
 #pragma unroll 1
     for (uint32_t stage_idx = 0; stage_idx < plan.num_stages; ++stage_idx) {

@@ -92,7 +92,7 @@ def _kernel() -> Callable[..., Any]:
         partials = cuda.shared.array(NUM_SEGMENTS, np.float32)
 
         for token in range(cuda.blockIdx.y, num_tokens, cuda.gridDim.y):
-            # Consumer: each warp sums its segment of the row, lane by lane, then over the lanes.
+            # Consumers: each warp sums its segment of the row, lane by lane, then over the lanes.
             first_vector = min(segment * segment_length, num_vectors)
             end_vector = min(first_vector + segment_length, num_vectors)
             lane_sums[segment, lane] = sum_lane(weight[row], mlp_intermediate[token], first_vector, end_vector, lane)

@@ -22,15 +22,13 @@ from mlpdown.bench.e2e_check import CheckError
 from mlpdown.bench.e2e_decode import Decoder, has_inductor_pdl
 from mlpdown.bench.e2e_passes import Passes
 from mlpdown.bench.e2e_report import Report, mode_label
-from mlpdown.bench.e2e_subject import NUM_CHECKED_TOKENS, Subject
+from mlpdown.bench.e2e_subject import COMPILED_MODES, NUM_CHECKED_TOKENS, STATIC_MODES, Subject
 from mlpdown.bench.e2e_timing import Clock, EventClock, WallClock, time_in_turns
 from mlpdown.bench.peers import TimeLimitExpired, time_limit
 from mlpdown.bench.tables import new_console
 from mlpdown.plan import RING_COMPUTE_CAPABILITY, choose_plan
 
-MODES = ("graph", "compile", "compile-pdl", "loop", "eager")
-COMPILED_MODES = ("compile", "compile-pdl")
-STATIC_MODES = ("graph", *COMPILED_MODES)
+MODES = (*STATIC_MODES, "loop", "eager")
 PROMPT_LENGTH = 8
 CACHE_GRANULARITY = 16
 # Attention reads all of a static cache, and who asks for few tokens gets a small one: lengths up to this have a cache of their own.

@@ -20,6 +20,9 @@ from mlpdown.bench.e2e_decode import (
 )
 from mlpdown.bench.e2e_loop import LoopModel, torch_mlp_down
 
+# With a static cache: a CUDA graph of the model as it comes, or compiled, or compiled with dependent launch.
+COMPILED_MODES = ("compile", "compile-pdl")
+STATIC_MODES = ("graph", *COMPILED_MODES)
 NUM_CHECKED_TOKENS = 32
 
 
@@ -79,7 +82,7 @@ class Subject:
             model,
             self.prompt,
             cache_length,
-            compile=mode in ("compile", "compile-pdl"),
+            compile=mode in COMPILED_MODES,
             graph=self.prompt.is_cuda,
             pdl=mode == "compile-pdl",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def test_file_for_results_is_kept_until_they_are_there(tmp_path: Path) -> None:
     old.write_text("old")
     link.symlink_to(tmp_path / "target.json")
     assert arguments.output_file(str(link)).is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    assert arguments.output_file(str(tmp_path / "pipe")) == tmp_path / "pipe", "nobody reads it, so to open it would not end"
     assert arguments.output_file(str(old)) == old and old.read_text() == "old"
     assert arguments.output_file(str(new)) == new and not new.exists()
 

@@ -149,9 +149,8 @@ const TestCase kCases[] = {
     {333, 1000, false, true, true, {1, 2, 4, 1, 16, kRegisters, 3, kPrefetch, 1}},
 };
 
-// For racecheck, whose time goes with the bytes, with those of stages filled anew, and with warps that look at barriers: one CTA an SM, one
-// group of warps, and hardly more tiles than it takes. All rings wrap, and the slots in a cluster of one and in clusters, with stores to other
-// CTAs.
+// For racecheck, which takes seconds for these and counts hazards up to a limit: one CTA an SM, one group of warps, and hardly more tiles than
+// it takes for the slots to wrap, in a cluster of one and in clusters, with stores to other CTAs. All rings wrap.
 const TestCase kRacecheckCases[] = {
     {2250, 3584, false, true, false, {1, 1, 16, 8, 8, kShared, 0, kNoPrefetch, 1}},
     {2390, 3584, true, true, false, {1, 1, 16, 8, 8, kRegisters, 1, kPrefetch, 1}},
