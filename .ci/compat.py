@@ -40,7 +40,7 @@ LIGHT_DEPENDENCIES = (
 PROBE = """
 import json, torch, mlpdown
 from mlpdown import native_backend
-from mlpdown.build import library
+from mlpdown.jit import library
 info = library.load()
 native_backend.load()
 plan = [False if str(value.type) == "bool" else 1 for value in torch.ops.mlpdown.mlp_down.default._schema.arguments[5:]]

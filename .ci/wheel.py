@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mlpdown.build import BuildError, cache, library, targets
+from mlpdown.jit import BuildError, cache, library, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("LICENSE", "README.md", "pyproject.toml", "mlpdown", "native", "reference")

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from . import native_backend
-from .build import BuildError
+from .jit import BuildError
 
 BACKENDS = ("native", "numba", "torch")
 

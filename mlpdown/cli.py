@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .build import BuildError
+from .jit import BuildError
 
 # Each of these modules has add_arguments(parser) and main(arguments) -> exit status; the first line of its docstring is its description.
 COMMANDS = {
     "check": ("mlpdown.check", "run the op through every backend that can run here, and compare the bits"),
     "doctor": ("mlpdown.doctor", "say what this machine has, which backend is taken, and why"),
-    "build": ("mlpdown.build.command", "build the native library ahead of time"),
+    "build": ("mlpdown.jit.command", "build the native library ahead of time"),
     "bench": ("mlpdown.bench", "measure"),
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .build import BuildError
+from .jit import BuildError
 from .plan import MINIMUM_COMPUTE_CAPABILITY
 
 PACKAGES = ("mlpdown", "torch", "numpy", "numba", "numba-cuda", "ninja", "transformers", "safetensors")
@@ -85,7 +85,7 @@ def _versions() -> Findings:
 
 
 def _driver() -> Findings:
-    from .build import driver
+    from .jit import driver
 
     supported = driver.supported_cuda()
     try:
@@ -121,7 +121,7 @@ def _gpus() -> list[Findings]:
 
 
 def _compilers() -> Findings:
-    from .build import toolchain
+    from .jit import toolchain
 
     found = [
         {
@@ -141,8 +141,8 @@ def _compilers() -> Findings:
 
 
 def _cache() -> Findings:
-    from .build import cache
-    from .build.sources import package_sources
+    from .jit import cache
+    from .jit.sources import package_sources
 
     folder = cache.cache_folder()
     findings: Findings = {"folder": str(folder), "exists": folder.is_dir(), "entries": [], "refusal": None}
@@ -166,8 +166,8 @@ def _cache() -> Findings:
 
 
 def _library() -> Findings:
-    from .build import library
-    from .build.sources import package_sources
+    from .jit import library
+    from .jit.sources import package_sources
 
     try:
         found, refusals = library.find()

@@ -47,10 +47,10 @@ def load() -> None:
     """Load (if need be, build) the library, and tell torch.compile about its ops.
 
     Raises:
-        mlpdown.build.BuildError: there is no library for this source and none can be built; the message says why and what to do.
+        mlpdown.jit.BuildError: there is no library for this source and none can be built; the message says why and what to do.
     """
     global _mlp_down, _mlp_down_out, _partial_sums, _eager_mlp_down, _eager_mlp_down_out
-    from .build import library
+    from .jit import library
 
     library.load()
     torch.library.register_fake("mlpdown::mlp_down")(_fake)

@@ -14,7 +14,7 @@ import pytest
 
 from mlpdown import plan
 from mlpdown.bench.shapes import SHAPES
-from mlpdown.build import library, targets
+from mlpdown.jit import library, targets
 from mlpdown.plan import H200
 
 # Mnemonics of the disassembly, with or without modifiers. Each stands in every kernel.

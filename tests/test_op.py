@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlpdown
 from mlpdown import native_backend, ops
-from mlpdown.build import sources
+from mlpdown.jit import sources
 from mlpdown.plan import H200, Device, Plan
 
 TENSORS = "Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias"

@@ -11,7 +11,7 @@ import pytest
 
 from mlpdown import plan
 from mlpdown.bench import shapes as bench
-from mlpdown.build import library
+from mlpdown.jit import library
 from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
 
 PYTHIA_SHAPES = [(512, 2048), (768, 3072), (1024, 4096), (2048, 8192), (2560, 10240), (4096, 16384), (5120, 20480)]

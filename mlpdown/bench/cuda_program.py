@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..build import BuildError, cache, compile, targets
-from ..build.display import Display
-from ..build.toolchain import find_toolchain
+from ..jit import BuildError, cache, compile, targets
+from ..jit.display import Display
+from ..jit.toolchain import find_toolchain
 
 COMPILE_LIMIT_SECONDS = 300
 _FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-Wall", "--threads=0", "-I.")
@@ -30,7 +30,7 @@ def compile_cuda(
         name: of the result, for people.
         files: name -> content of everything that the compiler may read; ``sources`` are those it is given.
         shared: make a shared library; else a program.
-        built_targets: as :data:`mlpdown.build.targets.ALL_TARGETS`; by default this machine's GPUs.
+        built_targets: as :data:`mlpdown.jit.targets.ALL_TARGETS`; by default this machine's GPUs.
 
     Returns:
         The path of the library or program, in the cache folder.

@@ -16,7 +16,7 @@ import mlpdown
 
 from ..arguments import device as device_argument
 from ..arguments import output_file
-from ..build import BuildError
+from ..jit import BuildError
 from . import machine, plans
 from .chain import CheckError
 from .measure import Settings, measure, steady_read

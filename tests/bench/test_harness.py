@@ -11,7 +11,7 @@ from gpu.test_sanitizers import unexplained
 
 from mlpdown.bench import yardstick
 from mlpdown.bench.cuda_program import compile_cuda
-from mlpdown.build import BuildError
+from mlpdown.jit import BuildError
 from mlpdown.plan import (
     CLUSTER_SIZES,
     H200,

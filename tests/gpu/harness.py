@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpdown.bench.cuda_program import compile_cuda
-from mlpdown.build.sources import package_sources
-from mlpdown.build.toolchain import find_toolchain
+from mlpdown.jit.sources import package_sources
+from mlpdown.jit.toolchain import find_toolchain
 from mlpdown.plan import ROWS_IN_REGISTERS, Plan, instantiation
 
 SOURCE = "harness.cu"

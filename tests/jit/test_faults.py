@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpdown import cli
-from mlpdown.build import BuildError, cache, driver, library, targets, toolchain
+from mlpdown.jit import BuildError, cache, driver, library, targets, toolchain
 
 from .conftest import BUILD_IN_A_PROCESS, ONE_TARGET, FakeCompilers, start_python
 
@@ -49,7 +49,7 @@ def test_waiting_for_another_build_says_so(fake_compilers: FakeCompilers, tmp_pa
     said: list[str] = []
     with cache.lock(folder, "key", said.append):
         other = start_python(
-            "import sys; from pathlib import Path; from mlpdown.build import cache\n"
+            "import sys; from pathlib import Path; from mlpdown.jit import cache\n"
             f"with cache.lock(Path({str(folder)!r}), 'key', lambda text: print(text, flush=True)): print('mine', flush=True)"
         )
         assert other.stdout is not None

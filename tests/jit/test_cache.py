@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpdown.build import BuildError, cache, compile, library, sources, targets
+from mlpdown.jit import BuildError, cache, compile, library, sources, targets
 
 from .conftest import ONE_TARGET, FakeCompilers
 

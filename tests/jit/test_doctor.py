@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlpdown import doctor
-from mlpdown.build import driver, library
+from mlpdown.jit import driver, library
 
 from .conftest import ONE_TARGET, FakeCompilers
 

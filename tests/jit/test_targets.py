@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlpdown.build import report, targets
+from mlpdown.jit import report, targets
 
 
 @pytest.mark.parametrize(

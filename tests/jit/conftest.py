@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpdown import plan
-from mlpdown.build import driver, library, targets
+from mlpdown.jit import driver, library, targets
 
 ONE_TARGET = ("sm_90",)
 
@@ -119,7 +119,7 @@ def fake_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompi
 
 
 BUILD_IN_A_PROCESS = """
-from mlpdown.build import library
+from mlpdown.jit import library
 print(library.build(("sm_90",)).origin)
 """
 

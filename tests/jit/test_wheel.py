@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpdown.build import cache, sources, targets
+from mlpdown.jit import cache, sources, targets
 
 ROOT = Path(__file__).parents[2]
 MAX_WHEEL_BYTES = 4_000_000
@@ -69,7 +69,7 @@ def test_installed_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
     bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "MLPDOWN_NVCC": "/nowhere/nvcc"}
     code = (
-        "import torch; from mlpdown.build import library; info = library.load(); print(info.origin, info.path)\n"
+        "import torch; from mlpdown.jit import library; info = library.load(); print(info.origin, info.path)\n"
         "op = torch.ops.mlpdown.mlp_down.default\n"
         "tensors = [torch.zeros(8, dtype=torch.float16)] * 5\n"
         "plan = [False if str(value.type) == 'bool' else 1 for value in op._schema.arguments[5:]]\n"

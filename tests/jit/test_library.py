@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlpdown import plan
-from mlpdown.build import cache, library, sources, targets
+from mlpdown.jit import cache, library, sources, targets
 
 # What a Linux machine with torch has, and nothing else: no CUDA runtime (it is linked in), no driver.
 ALLOWED_LIBRARIES = {
@@ -66,7 +66,7 @@ def test_library_carries_the_hash_of_its_source(built: library.LibraryInfo) -> N
 
 def test_ops_are_registered_once_it_is_loaded(built: library.LibraryInfo) -> None:
     code = (
-        "import torch; from mlpdown.build import library; first = library.load(); assert library.load() is first\n"
+        "import torch; from mlpdown.jit import library; first = library.load(); assert library.load() is first\n"
         "assert library.loaded() is first\n"
         "print(torch.ops.mlpdown.mlp_down.overloads(), torch.ops.mlpdown.partial_sums.overloads())"
     )

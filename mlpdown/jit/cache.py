@@ -46,7 +46,7 @@ class Manifest:
     """SHA-256 of the library."""
     build_seconds: float
     kernels: list[dict[str, Any]]
-    """ptxas' report, see :class:`mlpdown.build.report.KernelResources`."""
+    """ptxas' report, see :class:`mlpdown.jit.report.KernelResources`."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)

@@ -120,7 +120,7 @@ def build(
     """Build for these targets into the cache, and show progress; an entry that is there already is taken, unless ``force``.
 
     Args:
-        requested_targets: as :data:`mlpdown.build.targets.ALL_TARGETS`. Those that the compiler does not know yet are left out.
+        requested_targets: as :data:`mlpdown.jit.targets.ALL_TARGETS`. Those that the compiler does not know yet are left out.
         for_this_machine: pass over a compiler whose libraries the installed driver cannot run.
 
     Raises:
