@@ -77,4 +77,7 @@ def _numba_status() -> BackendStatus:
     on_cpu, on_cuda = numba_backend.refusal_here("cpu"), numba_backend.refusal_here("cuda")
     if on_cpu is not None:
         return BackendStatus(False, str(on_cpu))
-    return BackendStatus(True, "the specification, on CPU tensors and on CUDA tensors" if on_cuda is None else f"on CPU tensors; {on_cuda}")
+    return BackendStatus(
+        True,
+        "the specification, on CPU tensors and on CUDA tensors" if on_cuda is None else f"on CPU tensors; {on_cuda}",
+    )

@@ -46,12 +46,12 @@ def refusal_here(device_type: str) -> RuntimeError | None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # a broken installation raises anything
+        except Exception as error:  # noqa: BLE001  a broken installation raises anything
             package = module.partition(".")[0].replace("_", "-")
             return RuntimeError(f"backend 'numba' needs the package {package}, which cannot be imported: {error}")
     from numba import config
 
-    if config.DISABLE_JIT:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return RuntimeError("backend 'numba' needs Numba's compiler, and NUMBA_DISABLE_JIT is set")
     if device_type == "cuda" and not hasattr(np, "row_stack"):
         return RuntimeError(
@@ -66,9 +66,9 @@ def _check_here(*tensors: torch.Tensor | None) -> None:
             raise ValueError(f"every tensor must be on a CPU or a CUDA device for backend 'numba', got {tensor.device}")
         if validate.overrides_torch(tensor):
             raise TypeError(
-                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a __torch_function__ of its own"
+                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a "
+                "__torch_function__ of its own"
             )
-    assert tensors[-1] is None or tensors[0] is not None
     refusal = refusal_here(tensors[0].device.type)  # type: ignore[union-attr]
     if refusal is not None:
         raise RuntimeError(str(refusal))
