@@ -85,9 +85,9 @@ def _versions() -> Findings:
 
 
 def _driver() -> Findings:
-    from .jit import driver
+    from .jit import toolchain
 
-    supported = driver.supported_cuda()
+    supported = toolchain.supported_cuda()
     try:
         match = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
@@ -123,21 +123,8 @@ def _gpus() -> list[Findings]:
 def _compilers() -> Findings:
     from .jit import toolchain
 
-    found = [
-        {
-            "nvcc": str(candidate.path),
-            "origin": candidate.origin,
-            "version": candidate.build,
-            "refusal": candidate.refusal,
-        }
-        for candidate in toolchain.candidates()
-    ]
-    try:
-        path, version = toolchain.find_host_compiler()
-        host: Findings = {"path": str(path), "version": version}
-    except BuildError as error:
-        host = {"path": None, "refusal": str(error)}
-    return {"nvcc": found, "host": host}
+    nvcc, host = list(toolchain.nvcc_compilers()), list(toolchain.host_compilers())
+    return {"nvcc": [dataclasses.asdict(c) | {"path": str(c.path)} for c in nvcc], "host": [dataclasses.asdict(c) | {"path": str(c.path)} for c in host]}
 
 
 def _cache() -> Findings:
