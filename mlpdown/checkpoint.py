@@ -70,7 +70,12 @@ def _file(model: str | Path, name: str) -> Path | None:
         raise CheckpointError(f"{model} is not there, and no name on the hub, which looks like owner/model")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
     except ImportError as error:
         raise CheckpointError(f"{model} is no folder here, and asking the hub needs pip install 'mlpdown[hf]'") from error
     try:

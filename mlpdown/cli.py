@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.debug("where that came from", exc_info=True)
         print(f"{name}: {error}", file=sys.stderr)
         return NOT_SERVED
-    except Exception as error:  # noqa: BLE001 (memory that there is not, say, in the words of any library)
+    except Exception as error:
         logging.debug("where that came from", exc_info=True)
         first_line = next(iter(str(error).splitlines()), "")
         print(f"{name}: {type(error).__name__}: {first_line} (MLPDOWN_LOG=debug shows where)", file=sys.stderr)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .golden import Golden, GoldenCase
 
-
 # Cancelling inputs without residuals show every change of order; ragged sizes leave segments, lanes and tiles partly empty.
 GOLDEN_CASES = tuple(
     GoldenCase(hidden_dim, intermediate_dim, dtype, kind, seed)

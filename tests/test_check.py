@@ -222,7 +222,8 @@ def test_specification_that_flushes_subnormals_is_a_broken_promise() -> None:
     trial = check.Trial("subnormal", make_case(*check.SUBNORMAL_SHAPE, "bfloat16", "subnormal"))
     assert check.run_trial(trial, ["numba"])[1] == []
     kept = trial.case
-    flushed = dataclasses.replace(kept, **{name: np.zeros_like(getattr(kept, name)) for name in ("weight", "hidden_states", "attn_output", "bias")})
+    zeros = {name: np.zeros_like(getattr(kept, name)) for name in ("weight", "hidden_states", "attn_output", "bias")}
+    flushed = dataclasses.replace(kept, **zeros)
     oracle = accuracy.float64_result(kept)
     assert accuracy.outside_bound(flushed.expected_bits(), kept, oracle).mean() > 0.9
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpdown import cli
-from mlpdown.jit import BuildError, cache, compile, library, targets, toolchain
+from mlpdown.jit import BuildError, cache, library, targets, toolchain
 
 from .conftest import BUILD_IN_A_PROCESS, ONE_TARGET, FakeCompilers, start_python
 
