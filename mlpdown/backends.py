@@ -78,4 +78,5 @@ def _numba_status() -> BackendStatus:
     if refusal is not None:
         return BackendStatus(False, refusal)
     on_gpu = numba_refusal("cuda") if torch.cuda.is_available() else None
-    return BackendStatus(True, "the specification, on CPU tensors" + (f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"))
+    on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
+    return BackendStatus(True, f"the specification, on CPU tensors{on_cuda}")
