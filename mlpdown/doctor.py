@@ -144,7 +144,7 @@ def _cache() -> Findings:
         "refusal": None,
         "entries": [
             {
-                "key": entry.folder.name,
+                "key": entry.path.parent.name,
                 "targets": list(entry.manifest.targets),
                 "compiler": entry.manifest.compiler,
                 "of_these_sources": entry.manifest.source_hash == source_hash,
