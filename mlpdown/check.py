@@ -8,6 +8,7 @@ them. ``torch`` promises nothing: its wrong bits and its error are what the othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -139,7 +140,8 @@ def main(arguments: argparse.Namespace) -> int:
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_report(arguments, status, results, broken), indent=1) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # of a pipe whose reader has left
+            arguments.json.write_text(json.dumps(_report(arguments, status, results, broken), indent=1) + "\n")
     return 1 if broken else 0
 
 

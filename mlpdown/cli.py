@@ -85,10 +85,9 @@ def _mended(stream: TextIO | None, descriptor: int) -> TextIO:
     """A standard stream that takes every character, and outlives its reader; nowhere, if it is closed."""
     if stream is None:
         return open(os.devnull, "w")
-    raw = _Pipe(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=raw.isatty() or descriptor == 2
-    )
+    raw = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+    by_line = getattr(stream, "line_buffering", True) or getattr(stream, "write_through", True)
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=by_line)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

@@ -253,7 +253,7 @@ def test_report_has_a_line_for_each_kernel(fake_compilers: FakeCompilers, capsys
 
 def test_interrupted_build_ends_at_once_with_all_it_started(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
     started_compilers = tmp_path / "pids"
-    fake_compilers.on_compile(f"echo $$ >> {started_compilers}; sleep 30")
+    fake_compilers.on_compile(f"sleep 30 & echo $$ $! > {started_compilers}.new; mv {started_compilers}.new {started_compilers}; wait")
     process = subprocess.Popen(
         [sys.executable, "-m", "mlpdown", "build"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
