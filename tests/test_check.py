@@ -268,7 +268,9 @@ def save_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("base_model", [False, True])
-def test_layer_of_a_checkpoint(tmp_path: Path, layers: dict[str, torch.Tensor], sharded: bool, base_model: bool) -> None:
+def test_layer_of_a_checkpoint(
+    tmp_path: Path, layers: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, sharded: bool, base_model: bool
+) -> None:
     stored = {name.removeprefix("gpt_neox.") if base_model else name: tensor for name, tensor in layers.items()}
     if sharded:
         save_sharded(tmp_path, stored)
@@ -277,7 +279,8 @@ def test_layer_of_a_checkpoint(tmp_path: Path, layers: dict[str, torch.Tensor], 
     weight, bias = checkpoint.read_layer(tmp_path, 1)
     assert torch.equal(weight, layers["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"])
     assert torch.equal(bias, layers["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"])
-    status, report = run_check(tmp_path, "--model", str(tmp_path), "--layer", "1")
+    monkeypatch.chdir(tmp_path.parent)
+    status, report = run_check(tmp_path, "--model", tmp_path.name, "--layer", "1")
     assert status == 0
     assert {(row["size"], row["inputs"], row["dtype"]) for row in report["results"]} == {("48x192", "layer 1", "float16")}
 
