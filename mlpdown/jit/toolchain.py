@@ -87,10 +87,11 @@ def find_toolchain(*, for_this_machine: bool = True) -> Toolchain:
             tried.append(f"  {nvcc}")
             continue
         for host in hosts:
-            refusal = host.refusal or _refusal_of_pair(nvcc.path, host.path)
+            # Its headers may not be found, or refuse the host compiler's version.
+            trial = [str(nvcc.path), f"-ccbin={host.path}", "-E", "-x", "cu", "-"]
+            refusal = host.refusal or _ask(trial, "#include <cuda_runtime.h>\n")[1]
             if refusal is None:
-                version = _release(nvcc.version)
-                return Toolchain(nvcc.path, version, nvcc.version, nvcc.origin, host.path, host.version)
+                return Toolchain(nvcc.path, _release(nvcc.version), nvcc.version, nvcc.origin, host.path, host.version)
             tried.append(f"  {nvcc.path} ({nvcc.origin}) with {host.path} ({host.origin}): {refusal}")
         if not hosts:
             raise BuildError(
@@ -209,12 +210,6 @@ def _examine(origin: str, path: Path, for_this_machine: bool) -> Compiler:
 def _release(version: str) -> CudaVersion:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _refusal_of_pair(nvcc: Path, host_compiler: Path) -> str | None:
-    """Why this nvcc does not work with this host compiler: its headers are not found, say, or refuse the compiler's version."""
-    command = [str(nvcc), f"-ccbin={host_compiler}", "-E", "-x", "cu", "-"]
-    return _ask(command, "#include <cuda_runtime.h>\n")[1]
 
 
 def _ask(command: Sequence[str], text: str = "") -> tuple[str, str | None]:
