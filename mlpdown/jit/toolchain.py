@@ -112,7 +112,8 @@ def nvcc_compilers(*, for_this_machine: bool = True) -> Iterator[Compiler]:
     seen = set()
     for origin, place in _nvcc_places():
         # nvcc finds its headers beside its own file, whatever link led there. Of a link to something else (ccache), the name matters.
-        path = place.resolve() if place.resolve().name == place.name else place
+        real = Path(os.path.realpath(place))
+        path = real if real.name == place.name else place.absolute()
         if path not in seen:
             seen.add(path)
             yield _examine(origin, path, for_this_machine)
@@ -186,7 +187,7 @@ def _host_places() -> Iterator[tuple[str, Path]]:
         if named and os.path.isdir(named):  # as nvcc takes it, too
             yield from ((variable, Path(named, name)) for name in HOST_COMPILERS if os.path.isfile(Path(named, name)))
         elif named:
-            yield variable, Path(shutil.which(named) or named)
+            yield variable, Path(shutil.which(named) or named).absolute()
     for name in HOST_COMPILERS:
         found = shutil.which(name)
         if found is not None:

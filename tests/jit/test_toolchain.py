@@ -83,6 +83,22 @@ def test_link_to_a_program_that_goes_by_its_name_stays_a_link(
     assert library.build(ONE_TARGET).origin == "built"
 
 
+@pytest.mark.parametrize("damage", ["loop", "dangling", "relative"])
+def test_place_of_nvcc_that_is_odd(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if damage == "relative":
+        monkeypatch.setenv("MLPDOWN_NVCC", "compilers/nvcc")
+        monkeypatch.setenv("CXX", "compilers/g++")
+        assert library.build(ONE_TARGET).origin == "built"
+        return
+    (tmp_path / "nvcc").symlink_to("nvcc" if damage == "loop" else "nowhere")
+    monkeypatch.setenv("MLPDOWN_NVCC", str(tmp_path / "nvcc"))
+    with pytest.raises(BuildError, match=r"nvcc \(MLPDOWN_NVCC\): there is no such file"):
+        library.find_or_build()
+
+
 def test_nvcc_that_does_not_find_its_headers_is_passed_over(
     fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
