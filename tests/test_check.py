@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,16 @@ def test_verdict_is_true_where_subnormals_are_flushed(goldens: Path) -> None:
             assert bool(check.run_trial(trial, ["numba"])[1]) == differs
         finally:
             torch.set_flush_denormal(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variable", ["NUMBA_OPT=0", "NUMBA_CPU_NAME=generic", "NUMBA_CPU_FEATURES=-fma,-avx2,-avx512f", "NUMBA_DEBUGINFO=1", "OMP_NUM_THREADS=1"]
+)
+def test_environment_changes_no_bit_of_the_specification(variable: str) -> None:
+    command = ["env", variable, sys.executable, "-m", "mlpdown", "doctor", "--json"]
+    findings = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert ", replayed by numba on this CPU: 0 differ" in findings["self_test"]["compared"][0]
 
 
 # Weights of a checkpoint

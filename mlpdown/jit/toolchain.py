@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,8 +21,8 @@ MINIMUM_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 HOST_COMPILERS = ("g++", "c++", "clang++")
 # Where build systems name the host compiler: nvcc's own variable, CMake's, and everybody's.
 HOST_VARIABLES = ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX")
-# nvcc takes flags from these. They can change bits (-use_fast_math), and no key would name them.
-IGNORED_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")
+# nvcc and clang take flags from these. They can change bits (-use_fast_math), and no key would name them.
+IGNORED_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CCC_OVERRIDE_OPTIONS")
 INSTALL_NVCC = "pip install 'mlpdown[nvcc]'"
 # The oldest driver for each major version of CUDA: a library made by that CUDA needs it.
 MINIMUM_DRIVER = {12: "525", 13: "580"}
@@ -226,7 +227,7 @@ def _ask(command: Sequence[str], text: str = "") -> tuple[str, str | None]:
             errors="replace",
             timeout=_ANSWER_SECONDS,
             check=False,
-            env={**environment(), "TMPDIR": os.environ.get("TMPDIR", "/tmp")},
+            env={**environment(), "TMPDIR": tempfile.gettempdir()},
         )
     except OSError as error:
         return "", f"it cannot be run ({error.strerror})"

@@ -36,7 +36,7 @@ def test_flags_of_the_environment_reach_no_compiler(
     fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
 ) -> None:
     seen = tmp_path / "seen"
-    look = f'echo "flags:$NVCC_APPEND_FLAGS$NVCC_PREPEND_FLAGS" >> {seen}'
+    look = f'echo "flags:$NVCC_APPEND_FLAGS$NVCC_PREPEND_FLAGS$CCC_OVERRIDE_OPTIONS" >> {seen}'
     fake_compilers.on_compile(look)
     fake_compilers.on_trial(look)
     plain = library.build(ONE_TARGET)
@@ -151,6 +151,17 @@ def test_host_compiler_that_nvcc_refuses_is_passed_over(fake_compilers: FakeComp
 
 
 # Folders
+
+
+def test_temporary_folder_that_is_not_there_keeps_nothing_from_being_built(tmp_path: Path) -> None:
+    code = (
+        "from mlpdown.jit import program\n"
+        "files = {'empty.cu': b'__global__ void kernel() {}'}\n"
+        "print(program.compile_cuda('tmpdir', files, ['empty.cu'], shared=True, built_targets=('sm_90',)))"
+    )
+    process = start_python(code, TMPDIR=str(tmp_path / "nowhere"), MLPDOWN_CACHE_DIR=str(tmp_path / "cache"))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and Path(out.strip()).is_file(), error
 
 
 @pytest.mark.parametrize("access", ["may not be entered", "may not be written"])

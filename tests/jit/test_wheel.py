@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -55,7 +56,7 @@ def test_wheel_holds_every_target_and_the_hash_of_its_sources(wheel: Path) -> No
     with zipfile.ZipFile(wheel) as archive:
         manifest = cache.Manifest.from_json(archive.read(f"mlpdown/native/prebuilt/{cache.MANIFEST_NAME}").decode())
         library = archive.read(f"mlpdown/native/prebuilt/{cache.LIBRARY_NAME}")
-        goldens = {name for name in archive.namelist() if name.startswith("mlpdown/goldens/")}
+        goldens = {name for name in archive.namelist() if re.fullmatch(r"mlpdown/goldens/.+", name)}
     assert goldens == {f"mlpdown/goldens/{file.name}" for file in golden.shipped_goldens()}
     assert manifest.targets == targets.ALL_TARGETS
     assert manifest.source_hash == sources.embedded_hash(library) == sources.read_sources().source_hash
