@@ -245,7 +245,7 @@ def test_verdict_is_true_where_subnormals_are_flushed(goldens: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variable", ["NUMBA_OPT=0", "NUMBA_CPU_NAME=generic", "NUMBA_CPU_FEATURES=-fma,-avx2,-avx512f", "NUMBA_DEBUGINFO=1", "OMP_NUM_THREADS=1"]
+    "variable", ["NUMBA_OPT=0", "NUMBA_CPU_NAME=generic", "NUMBA_CPU_FEATURES=-fma,-avx2,-avx512f", "NUMBA_DEBUGINFO=1"]
 )
 def test_environment_changes_no_bit_of_the_specification(variable: str) -> None:
     command = ["env", variable, sys.executable, "-m", "mlpdown", "doctor", "--json"]

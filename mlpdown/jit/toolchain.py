@@ -188,7 +188,8 @@ def _host_places() -> Iterator[tuple[str, Path]]:
         if named and os.path.isdir(named):  # as nvcc takes it, too
             yield from ((variable, Path(named, name)) for name in HOST_COMPILERS if os.path.isfile(Path(named, name)))
         elif named:
-            yield variable, Path(shutil.which(named) or named).absolute()
+            found = shutil.which(named)
+            yield variable, Path(found).absolute() if found else Path(named)
     for name in HOST_COMPILERS:
         found = shutil.which(name)
         if found is not None:
