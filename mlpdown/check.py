@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -128,9 +129,6 @@ def main(arguments: argparse.Namespace) -> int:
     except (CheckpointError, ValueError) as error:
         print(f"mlpdown check: {error}", file=sys.stderr)
         return 2
-    if not results and not broken:
-        print("mlpdown check: no goldens came with this package: reinstall mlpdown, or give --hidden-dim", file=sys.stderr)
-        return 2
     console.print(_table(f"weights of {arguments.model}" if arguments.model else "one token", results))
     lines = [f"{name} cannot run here: {state.reason}" for name, state in status.items() if not state.available]
     lines += comparisons(results) + [f"BROKEN: {complaint}" for complaint in broken]
@@ -145,17 +143,20 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def recorded_trials(dtype: str | None = None, largest: float = math.inf) -> tuple[list[Trial], list[str]]:
-    """The goldens that come with the package, of one dtype or of both, with at most ``largest`` weights; and which files are damaged."""
-    trials, broken = [], []
+def recorded_trials(dtype: str | None = None, largest: float = math.inf) -> tuple[Iterator[Trial], list[str]]:
+    """The goldens that come with the package, of one dtype or of both, with at most ``largest`` weights, each made when its turn comes;
+    and what is wrong with files that are damaged."""
+    goldens, broken = [], []
     for file in shipped_goldens():
         try:
-            golden = read_golden(file)
+            goldens.append(read_golden(file))
         except ValueError as error:
             broken.append(str(error))
-            continue
-        if dtype in (None, golden.case.dtype) and golden.case.hidden_dim * golden.case.intermediate_dim <= largest:
-            trials.append(Trial(golden.case.kind, golden.case.make(), golden.bits[None], golden.gpu, golden.case.file_name))
+    trials = (
+        Trial(golden.case.kind, golden.case.make(), golden.bits[None], golden.gpu, golden.case.file_name)
+        for golden in goldens
+        if dtype in (None, golden.case.dtype) and golden.case.hidden_dim * golden.case.intermediate_dim <= largest
+    )
     return trials, broken
 
 
@@ -240,9 +241,11 @@ def _trials(arguments: argparse.Namespace) -> tuple[Iterator[Trial], list[str]]:
         raise ValueError("--layer needs --model")
     dtypes = [arguments.dtype] if arguments.dtype else ["float16", "bfloat16"]
     if arguments.hidden_dim is arguments.intermediate_dim is arguments.seed is None:
+        if not shipped_goldens():
+            raise ValueError("no goldens came with this package: reinstall mlpdown, or give --hidden-dim")
         recorded, broken = recorded_trials(arguments.dtype)
         made = (Trial("subnormal", make_case(*SUBNORMAL_SHAPE, dtype, "subnormal")) for dtype in dtypes)
-        return iter([*recorded, *made] if recorded or broken else []), broken
+        return itertools.chain(recorded, made), broken
     hidden_dim = PYTHIA_SHAPE[0] if arguments.hidden_dim is None else arguments.hidden_dim
     intermediate_dim = PYTHIA_SHAPE[1] if arguments.intermediate_dim is None else arguments.intermediate_dim
     _check_memory(hidden_dim, intermediate_dim)

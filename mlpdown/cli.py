@@ -30,7 +30,7 @@ BROKEN, NOT_SERVED, INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status. Without ``argv``, that of this process, whose standard streams it also mends."""
-    if argv is None:
+    if argv is None and (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__):
         sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), None)

@@ -231,13 +231,13 @@ def test_package_in_a_zip_file(tmp_path: Path) -> None:
         "except BuildError as error: print(error)\n"
         "print({name: state.available for name, state in mlpdown.backends().items()})\n"
         "trials, broken = check.recorded_trials(largest=1 << 16)\n"
-        "print(len(trials) > 0, broken, [check.run_trial(trial, ['numba'])[1] for trial in trials[:1]])\n"
+        "print(broken, check.run_trial(next(trials), ['numba'])[1])\n"
     )
     process = start_python(code, CUDA_VISIBLE_DEVICES="")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "the native sources must be files in a folder" in out.splitlines()[0]
-    assert out.splitlines()[1:] == ["{'native': False, 'numba': True, 'torch': True}", "True [] [[]]"]
+    assert out.splitlines()[1:] == ["{'native': False, 'numba': True, 'torch': True}", "[] []"]
 
 
 def test_prebuilt_library_without_a_manifest_is_passed_over(
