@@ -39,7 +39,7 @@ PROMISE_BITS = ("native", "numba")
 PYTHIA_SHAPE = (2560, 10240)
 SUBNORMAL_SHAPE = (64, 264)
 TABLE_COLUMNS = 80  # in narrower terminals, whole lines that wrap say more than columns that are cut
-BYTES_A_WEIGHT = 20  # at most at once: of a weight in float32, its absolute value, and that in float64
+BYTES_A_WEIGHT = 56  # of memory, at most at once: measured, most of it for the float64 result
 CAPTION = (
     "Wrong bits: elements unlike the recorded ones, or unlike the specification's; - where the specification itself ran, which the bound "
     "holds. torch, in brackets, promises none. ULPs are counted from the float64 result; where inputs cancel, float32 itself is many off."

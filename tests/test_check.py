@@ -436,7 +436,7 @@ def test_name_on_the_hub_fetches_only_the_files_of_the_layer(
         (["--layer", "3"], "--layer needs --model"),
         (["--model", "nowhere", "--hidden-dim", "8"], "leave them out"),
         (["--seed", "5000000000"], "seed in [0, 2**32)"),
-        (["--hidden-dim", "1000000", "--intermediate-dim", "8000000"], "needs about 160000 GB of memory"),
+        (["--hidden-dim", "1000000", "--intermediate-dim", "8000000"], "needs about 448000 GB of memory"),
     ],
 )
 def test_wrong_options_are_exit_status_2(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
