@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -20,7 +21,6 @@ logger = logging.getLogger("mlpdown")
 NUM_DTYPES = 2
 FAILURE_LOG = "last-failure.log"
 
-
 _loaded: LibraryInfo | None = None
 _failure: BuildError | None = None
 _load_lock = threading.Lock()
@@ -32,6 +32,8 @@ def load() -> LibraryInfo:
     Raises:
         BuildError: there is no library for this source and machine, and none could be built.
     """
+    import torch
+
     global _loaded, _failure
     with _load_lock:
         if _loaded is not None:
@@ -40,12 +42,12 @@ def load() -> LibraryInfo:
             raise _failure
         try:
             info = find_or_build()
-            _register(info.path)
+            torch.ops.load_library(str(info.path))
         except BuildError as error:
             _failure = error
             raise
         except OSError as error:  # whatever it is: there are other backends
-            _failure = BuildError(f"the native library cannot be found or built: {error}")
+            _failure = BuildError(f"the native library cannot be found, built or loaded: {error}")
             raise _failure from error
         _loaded = info
         return info
@@ -83,7 +85,9 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
         if refusal is None:
             return prebuilt, refusals
         refusals.append(f"the prebuilt library is not used: {refusal}")
-    compiler = _compiler_identity()
+    compiler = None  # with nothing to build with, a library made elsewhere, of the same source, is as good
+    with contextlib.suppress(BuildError):
+        compiler = toolchain.find_toolchain().identity
     for entry in cache.entries(cache.cache_folder()):
         manifest = entry.manifest
         if manifest.source_hash != sources.source_hash or manifest.flags != compile.flags_identity():
@@ -103,7 +107,6 @@ def build(
     *,
     force: bool = False,
     for_this_machine: bool = True,
-    sources: Sources | None = None,
 ) -> LibraryInfo:
     """Build for these targets into the cache, and say so; an entry that is there already is taken, unless ``force``.
 
@@ -114,10 +117,11 @@ def build(
     Raises:
         BuildError: no compiler, a compile error, a kernel that spills, a cache folder that cannot be used.
     """
-    sources = package_sources() if sources is None else sources
+    sources = package_sources()
     tools = toolchain.find_toolchain(for_this_machine=for_this_machine)
     built_targets = targets.targets_for_compiler(requested_targets, tools.nvcc_version)
-    key = build_key(sources, tools.identity, built_targets)
+    depends_on = [sources.source_hash, compile.flags_identity(), tools.identity, *built_targets]
+    key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:32]
     with cache.building_folder(key) as building:
         folder = building.parent
         existing = next((entry for entry in cache.entries(folder) if entry.path.parent.name == key), None)
@@ -150,12 +154,6 @@ def build(
     return info
 
 
-def build_key(sources: Sources, compiler: str, built_targets: Sequence[str]) -> str:
-    """The name of a build: a hash of all that it depends on."""
-    text = "\n".join([sources.source_hash, compile.flags_identity(), compiler, *built_targets])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def num_kernels(sources: Sources) -> int:
     """Kernels that each target must have: every instantiation, for each dtype."""
     return NUM_DTYPES * sources.files["instantiations.h"].decode().count(" X(")
@@ -183,19 +181,3 @@ def _refusal(entry: LibraryInfo, sources: Sources, capabilities: Sequence[target
     if embedded_hash(entry.path.read_bytes()) != sources.source_hash:
         return "the hash inside it is not that of the sources"
     return None
-
-
-def _compiler_identity() -> str | None:
-    try:
-        return toolchain.find_toolchain().identity
-    except BuildError:
-        return None  # nothing to build with: a library made elsewhere, of the same source, is as good
-
-
-def _register(path: Path) -> None:
-    import torch
-
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise BuildError(f"the native library {path} does not load: {error}") from error

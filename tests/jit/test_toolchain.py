@@ -198,7 +198,7 @@ def test_file_that_cannot_be_read_is_a_reason_not_a_traceback(
         raise error
 
     monkeypatch.setattr(library, "package_sources", refuse)
-    _native_says(monkeypatch, f"the native library cannot be found or built: .*{error.strerror}")
+    _native_says(monkeypatch, f"the native library cannot be found, built or loaded: .*{error.strerror}")
 
 
 def _native_says(monkeypatch: pytest.MonkeyPatch, match: str) -> None:
