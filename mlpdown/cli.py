@@ -39,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = _log_level()
         logging.basicConfig(level=level, format="mlpdown: %(levelname)s: %(message)s")
         parser = _parser(command)
-        if not words:
-            parser.print_help()
-            return 0
-        arguments = parser.parse_args(words)
-        status = arguments.run(arguments)
-        sys.stdout.flush()  # a full disk shows here
-        return status
+        try:
+            if not words:
+                parser.print_help()
+                return 0
+            arguments = parser.parse_args(words)
+            return arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # a full disk shows here
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -84,7 +84,16 @@ def test_changed_golden_is_exit_status_1_and_names_the_file(
     assert f"BROKEN: numba on cpu: {complaint.partition(': ')[2]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"kind": "ordinary"}, {"bits": "AAAA"}, {"bits": "?"}, {"extra": 1}, {"hidden_dim": 8}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": seed} for seed in (3, -1, 1 << 32, "16", None, True)),
+        *({"intermediate_dim": size} for size in (272, "264", 264.0)),
+        *({"bits": bits} for bits in ("AAAA", "?", None)),
+        *({"kind": "ordinary"}, {"dtype": "float16"}, {"hidden_dim": 8}, {"gpu": None}, {"extra": 1}),
+    ],
+    ids=str,
+)
 def test_golden_whose_content_was_changed_is_exit_status_1_and_named(
     goldens: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:
