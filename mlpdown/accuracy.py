@@ -16,6 +16,10 @@ NUM_LANES = 32  # of the canonical order
 Float64Array = npt.NDArray[np.float64]
 
 
+class CheckError(Exception):
+    """A result is wrong: nothing that rests on it is timed or said."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """A 16-bit floating-point format."""

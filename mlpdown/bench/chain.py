@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from ..accuracy import CheckError
 from ..cases import Case
 from .shapes import Shape
 
@@ -24,10 +25,6 @@ TIMES_L2 = 3
 _NUM_ROUNDINGS = 3  # of PyTorch's result: after the product with its bias, and after each residual
 _UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _FLOAT32_UNIT = 2.0**-24
-
-
-class CheckError(Exception):
-    """A result that was to be timed is wrong."""
 
 
 def calls_for(shape: Shape, l2_bytes: int) -> int:
@@ -128,9 +125,8 @@ class Oracle:
 
 def check_same_bits(name: str, outs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
     """Raise CheckError unless two runs of a chain agree in every bit of every call."""
-    wrong = sum(
-        int((out.view(torch.int16) != other.view(torch.int16)).sum()) for out, other in zip(outs, expected, strict=True)
-    )
+    actual, other = (torch.stack(list(tensors)).view(torch.int16) for tensors in (outs, expected))
+    wrong = int((actual != other).sum())
     if wrong:
         raise CheckError(f"{name}: {wrong} elements of the chain have other bits than under the default plan")
 

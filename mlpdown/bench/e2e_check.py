@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 
+from mlpdown.accuracy import CheckError
 from mlpdown.bench.e2e_decode import Decoder, hooked
 from mlpdown.bench.e2e_models import in_float64
 
 # Each probe is one draw of random signs; their mean square estimates the variance that roundings cause.
 NUM_PROBES = 4
 PROBE_SEED = 7
-
-
-class CheckError(RuntimeError):
-    """The patched model computes something that rounding does not explain. Nothing is timed."""
 
 
 @dataclasses.dataclass(frozen=True)

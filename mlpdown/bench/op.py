@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mlpdown
 
+from ..accuracy import CheckError
 from ..arguments import device as device_argument
 from ..arguments import output_file
 from ..jit import BuildError
 from . import machine, plans
-from .chain import CheckError
 from .measure import Settings, measure, steady_read
 from .results import Report, Result, median
 from .shapes import PYTHIA_2B8, Shape, parse_shapes
@@ -34,7 +34,7 @@ MAX_DETAILED = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlpdown bench op``."""
-    parser.add_argument("--shapes", default=PYTHIA_2B8.name, help="names or HIDDENxINTERMEDIATE, with commas, or all (pythia-2.8b)")
+    parser.add_argument("--shapes", default=PYTHIA_2B8.name, help="all, short, or names or HIDDENxINTERMEDIATE with commas (pythia-2.8b)")
     parser.add_argument("--dtypes", default="float16,bfloat16", help="with commas (float16,bfloat16)")
     parser.add_argument("--device", type=device_argument, help="cuda where there is one, else cpu")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each candidate (30)")
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", choices=("first", "all", "none"), default="first", help="shapes at which torch.compile is measured (the first)"
     )
     parser.add_argument("--compile-seconds", type=float, default=45.0, help="time for all of torch.compile's compilations (45)")
-    parser.add_argument("--plans", action="store_true", help="instead, time a grid of plans of the native kernel at each shape")
+    parser.add_argument("--plans", action="store_true", help="instead, look for the fastest plans of the native kernel at each shape")
+    parser.add_argument("--seconds", type=float, default=200.0, help="time for --plans, shared out among shapes and dtypes (200)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
     parser.add_argument("--commit", help="the commit to write down, where the checkout does not say")
     parser.add_argument("--json", type=output_file, metavar="PATH", help="write every sample and what it was made on")
@@ -142,20 +143,29 @@ def _sweep(
 ) -> Report:
     report = Report(_machine(arguments), plans=[])
     assert report.plans is not None
-    task = progress.add_task("plans", total=len(shapes) * len(dtypes))
-    for shape in shapes:
-        for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
+    task = progress.add_task("steady read", total=len(shapes) * len(dtypes))
+    progress.refresh()
+    end = time.monotonic() + arguments.seconds
+    report.steady_read = {"tb_per_s": steady_read(device)}
+    rate = median(report.steady_read["tb_per_s"])
+    console.print(f"{report.machine['gpu']}: steady read {rate:.2f} TB/s; in brackets: over the floor, the weight at that rate")
+    cells = [(shape, dtype) for shape in shapes for dtype in dtypes]
+    for position, (shape, dtype) in enumerate(cells):
+        torch.cuda.empty_cache()
+        label = f"{shape} {str(dtype).removeprefix('torch.')}"
 
-            def tell(text: str, label: str = f"{shape} {name}") -> None:
-                progress.update(task, description=f"{label}: {text}", refresh=True)
+        def tell(text: str, label: str = label) -> None:
+            progress.update(task, description=f"{label}: {text}", refresh=True)
 
-            rows = plans.sweep(shape, dtype, device, arguments.calls, arguments.seed, tell)
-            measured = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim, "dtype": name}
-            report.plans += [{**measured, **row} for row in rows]
-            console.print(plans.table(rows, f"{shape} {name}: median microseconds a call, {len(rows)} plans; * fastest isolated"))
-            progress.advance(task)
-            torch.cuda.empty_cache()
+        share = (end - time.monotonic()) / (len(cells) - position)
+        rows = plans.sweep(shape, dtype, device, share, arguments.calls, arguments.seed, tell)
+        measured = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim}
+        floor_us = shape.weight_bytes / rate / 1e6
+        dtype_name = str(dtype).removeprefix("torch.")
+        report.plans += [{**measured, "dtype": dtype_name, "floor_us": floor_us, **row} for row in rows]
+        title = f"{label}: us a call, {len(rows)} plans tried, {plans.num_in_grid(shape, device)} in the grid; floor {floor_us:.2f}"
+        console.print(plans.table(rows, title, floor_us))
+        progress.advance(task)
     return report
 
 

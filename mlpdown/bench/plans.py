@@ -1,10 +1,15 @@
-"""``mlpdown bench op --plans``: a grid of plans, each checked bit for bit, then timed isolated and chained."""
+"""``mlpdown bench op --plans``: which plan is fastest at a shape? Every plan is checked bit for bit before it is timed.
+
+A sweep screens a grid of plans in random order, a few samples each, until its time is up. Then it times the best of them anew, in turns.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,136 +18,155 @@ from rich import box
 from rich.table import Table
 
 from .. import native_backend
-from ..plan import (
-    BYTES_IN_FLIGHT,
-    MAX_STAGES,
-    NUM_SEGMENTS,
-    RESERVED_BYTES_PER_CTA,
-    ROWS_IN_REGISTERS,
-    ROWS_PER_STAGE,
-    Device,
-    Plan,
-    check_plan,
-    shared_memory_bytes,
-)
+from ..plan import MAX_STAGES, ROWS_IN_REGISTERS, ROWS_PER_STAGE, Device, Plan, check_plan
 from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
 from .measure import native_layer, native_plans
 from .results import median
 from .shapes import Shape
 from .timing import time_replays
 
-NUM_ROUNDS = 10
-NUM_SHOWN = 20
-# Not eight, so that a sweep ends within minutes.
-GRID_CLUSTER_SIZES = (1, 2, 4)
-KILOBYTES_IN_FLIGHT = (20, 40, 80)
-GROUPS = (1, 2)
-GRID_CTAS_PER_SM = (3, 2, 1)
+NUM_SCREENING_ROUNDS = 3
+NUM_FINAL_ROUNDS = 20
+NUM_SHOWN = 5
+# So many of the fastest chained, and as many of the fastest isolated, are timed anew.
+NUM_FINALISTS = 10
+# A stage of a row of at least so many bytes may be worth a cluster, which splits it.
+SMALLEST_SPLIT_ROW_BYTES = 16 * 2**10
+CLUSTER_SIZES = (1, 2, 4)
+CONSUMER_WARPS = (1, 2, 4, 8, 16)
+STAGES = (2, 3, 4, 5, 6, 8, 10, 12, 14, MAX_STAGES)
+STAGES_IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12)
+KINDS = ("chained", "isolated")
+COLUMNS = {
+    "cl": "cluster_size",
+    "rows": "rows_per_stage",
+    "st": "num_stages",
+    "fl": "stages_in_flight",
+    "warps": "num_consumer_warps",
+    "act": "activation_in_registers",
+    "stag": "stagger_rows",
+}
+LEGEND = "cl: cluster size; st: stages; fl: stages in flight; act: activation in registers or shared memory; stag: rows staggered"
 
 
 def grid(shape: Shape, device: Device) -> list[Plan]:
-    """Plans that fit: all of the kernel that lands weights in registers; and of the ring every number of rows in clusters of one, two and
-    four, the activation in shared memory and where possible in registers, with one and two groups of warps, from as many stages as fit down
-    to two, of which one, 20, 40, 80 KB a CTA, or all are in flight; and with shares staggered by a row."""
+    """Every plan that fits: all of the registers kernel; of the ring, rows and groups of warps, stages and how many of them are in flight,
+    the activation in shared memory or in registers, shares staggered or not, and clusters where rows are long."""
     plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
-    for cluster_size, rows, num_groups, in_registers in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS, (False, True)):
-        num_warps = NUM_SEGMENTS // cluster_size * num_groups
-        ring = Plan(cluster_size, rows, 2, 1, num_warps, activation_in_registers=in_registers)
-        stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
-        for num_stages in _stage_counts(ring, num_groups, shape, device):
-            fewest = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1)
-            wanted = {1, fewest, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
-            for stages_in_flight in sorted(wanted):
-                if 1 <= stages_in_flight <= num_stages:
-                    plan = dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
-                    plans.append(plan)
-                    if in_registers and num_groups == 1 and stages_in_flight == fewest:
-                        plans.append(dataclasses.replace(plan, stagger_rows=1))
-    return [plan for plan in dict.fromkeys(plans) if _fits(plan, shape, device)]
+    cluster_sizes = CLUSTER_SIZES if 2 * shape.intermediate_dim >= SMALLEST_SPLIT_ROW_BYTES else CLUSTER_SIZES[:1]
+    for cluster_size, rows, warps, stages, in_flight, in_registers, stagger in itertools.product(
+        cluster_sizes, ROWS_PER_STAGE, CONSUMER_WARPS, STAGES, STAGES_IN_FLIGHT, (True, False), (0, 1)
+    ):
+        if in_flight <= stages:
+            plan = Plan(
+                cluster_size, rows, stages, in_flight, warps, activation_in_registers=in_registers, stagger_rows=stagger
+            )
+            plans.append(plan)
+    return [plan for plan in plans if _fits(plan, shape, device)]
 
 
-def _stage_counts(ring: Plan, num_groups: int, shape: Shape, device: Device) -> list[int]:
-    """As many stages as fit with each number of CTAs on an SM, half of the most, and two. The groups must be able to share them out."""
-    counts = {2}
-    for num_ctas in GRID_CTAS_PER_SM:
-        limit = (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // num_ctas - RESERVED_BYTES_PER_CTA
-        for num_stages in range(MAX_STAGES, 2, -1):
-            needed = shared_memory_bytes(dataclasses.replace(ring, num_stages=num_stages), shape.intermediate_dim)
-            if needed <= limit and num_stages % num_groups == 0:
-                counts.add(num_stages)
-                break
-    half = max(counts) // 2
-    return sorted(counts | ({half} if half > 2 and half % num_groups == 0 else set()), reverse=True)
+def variants(plan: Plan) -> dict[str, Plan]:
+    """What a plan is timed as: chained with prefetch, and isolated."""
+    return {
+        "chained": dataclasses.replace(plan, weight_prefetch=True, dependent_launch=True),
+        "isolated": dataclasses.replace(plan, weight_prefetch=False, dependent_launch=False),
+    }
 
 
 def sweep(
-    shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int | None, seed: int, progress: Callable[[str], None]
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    num_calls: int | None,
+    seed: int,
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Time the grid; the fastest chained plan first. A plan that cannot be launched has ``error`` in place of times.
+    """Screen the grid for ``seconds``, then time the fastest anew.
+
+    Returns:
+        A row a plan: ``plan``, ``is_chosen`` (the plan that a caller gets), ``is_final``, and ``chained`` and ``isolated`` with a sample a
+        round in microseconds a call, or ``error`` of a plan that cannot be launched. Finalists first, the fastest chained first.
 
     Raises:
         CheckError: a plan changes a bit.
     """
+    end = time.monotonic() + seconds
     properties = native_backend.device_properties(device.index)
     num_calls = num_calls or calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
     chain = Chain.make(shape, dtype, device, num_calls, seed)
-    expected = chain.run(native_layer(native_plans(shape, device)["native_chained"]))
-    Oracle(chain).check_bits("the default plan", expected)
+    chosen = native_plans(shape, device)
+    expected = chain.run(native_layer(chosen["native_chained"]))
+    Oracle(chain).check_bits("the chosen plan", expected)
+
+    def capture(plan: Plan) -> dict[str, Captured]:
+        graphs = {}
+        for name, variant in variants(plan).items():
+            graphs[name] = Captured(functools.partial(chain.run, native_layer(variant)))
+            graphs[name].replay()
+            check_same_bits(f"{name} under {variant}", graphs[name].outs, expected)
+        return graphs
+
+    # The chosen ones come first, whatever time there is; the rest in an order that makes a sweep cut short a fair sample.
+    own = [variants(chosen[name])["isolated"] for name in ("native_chained_prefetch", "native_isolated")]
+    others = [variants(plan)["isolated"] for plan in grid(shape, properties)]
+    random.Random(seed).shuffle(others)
+    plans = list(dict.fromkeys([*own, *others]))
     rows: list[dict[str, Any]] = []
-    plans = grid(shape, properties)
-    for position, plan in enumerate(plans):
-        progress(f"plan {position + 1} of {len(plans)}")
-        row: dict[str, Any] = {"plan": dataclasses.asdict(plan)}
+    for plan in plans:
+        if time.monotonic() >= end and plan not in own:
+            break
+        progress(f"plan {len(rows) + 1} of {len(plans)}")
+        row: dict[str, Any] = {"plan": dataclasses.asdict(plan), "is_chosen": plan in own, "is_final": False}
         rows.append(row)
-        variants = {
-            "isolated": dataclasses.replace(plan, dependent_launch=False),
-            "chained": dataclasses.replace(plan, weight_prefetch=True),
-        }
         try:
-            chain.run_first(native_layer(plan))
-        except RuntimeError as error:  # what the launcher says: not one cluster of it fits
+            row.update(time_replays(capture(plan), NUM_SCREENING_ROUNDS, num_calls))
+        except RuntimeError as error:  # the launcher's words, if not one cluster of the plan fits
             row["error"] = str(error).splitlines()[0]
-            continue
-        graphs = {name: Captured(functools.partial(chain.run, native_layer(variant))) for name, variant in variants.items()}
-        row.update(time_replays(graphs, NUM_ROUNDS, num_calls))
-        for name, graph in graphs.items():
-            check_same_bits(f"{name} under {plan}", graph.outs, expected)
-    return sorted(rows, key=lambda row: median(row["chained"]) if "chained" in row else float("inf"))
+    finalists = [row for row in rows if "error" not in row and (row["is_chosen"] or _is_among_fastest(row, rows))]
+    progress(f"{len(finalists)} finalists")
+    graphs = {(index, kind): graph for index, row in enumerate(finalists) for kind, graph in capture(Plan(**row["plan"])).items()}
+    for (index, kind), samples in time_replays(graphs, NUM_FINAL_ROUNDS, num_calls).items():
+        finalists[index].update({kind: samples, "is_final": True})
+    return sorted(rows, key=lambda row: (not row["is_final"], median(row["chained"]) if "chained" in row else float("inf")))
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The fastest plans chained and the fastest isolated, in the order of :func:`sweep`; and those that were refused, without times."""
-    timed = [row for row in rows if "isolated" in row]
-    by_isolated = sorted(timed, key=lambda row: median(row["isolated"]))
-    shown = [row for row in rows if row in timed[:NUM_SHOWN] or row in by_isolated[:NUM_SHOWN] or "error" in row]
-    result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    ring = {
-        "cluster": "cluster_size",
-        "rows/stage": "rows_per_stage",
-        "stages": "num_stages",
-        "in flight": "stages_in_flight",
-        "warps": "num_consumer_warps",
-        "activation": "activation_in_registers",
-        "stagger": "stagger_rows",
-    }
-    for heading in ("registers", *ring, "chained us", "isolated us"):
-        result.add_column(heading, justify="right")
-    for row in shown:
-        plan = row["plan"]
-        in_registers = plan["rows_in_registers"]
-        cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(_cell(name, plan[name]) for name in ring.values())]
-        if "error" in row:
-            cells += [row["error"], ""]
-        else:
-            cells += [f"{median(row['chained']):.2f}", f"{median(row['isolated']):.2f}{' *' if row is by_isolated[0] else ''}"]
-        result.add_row(*cells)
+def num_in_grid(shape: Shape, device: torch.device) -> int:
+    """How many plans a sweep without a limit would time, the chosen ones apart."""
+    return len(grid(shape, native_backend.device_properties(device.index)))
+
+
+def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
+    """The fastest finalists chained with prefetch, the fastest isolated, and the chosen plans; times with their ratio to the floor."""
+    result = Table(title=title, title_justify="left", caption=LEGEND, caption_justify="left", box=box.SIMPLE, padding=0, show_edge=False)
+    for heading in ("", *COLUMNS, "chained, prefetch", "isolated"):
+        result.add_column(heading, justify="right" if heading else "left")
+    final = [row for row in rows if row["is_final"]]
+    for kind in KINDS:
+        for rank, row in enumerate(sorted(final, key=lambda row: median(row[kind]))[:NUM_SHOWN], 1):
+            result.add_row(f"{kind} {rank}", *_cells(row, floor_us))
+        result.add_section()
+    for row in final:
+        if row["is_chosen"]:
+            result.add_row("chosen now", *_cells(row, floor_us))
     return result
 
 
-def _cell(name: str, value: int) -> str:
-    if name == "activation_in_registers":
-        return "registers" if value else "shared"
-    return str(value)
+def _cells(row: dict[str, Any], floor_us: float) -> list[str]:
+    plan = row["plan"]
+    if plan["rows_in_registers"]:
+        cells = ["reg.", str(plan["rows_in_registers"]), *[""] * (len(COLUMNS) - 2)]
+    else:
+        values = {**plan, "activation_in_registers": "reg" if plan["activation_in_registers"] else "sh"}
+        cells = [str(values[name]) for name in COLUMNS.values()]
+    return cells + [f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS]
+
+
+def _is_among_fastest(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    timed = [other for other in rows if "error" not in other]
+    return any(
+        sum(median(other[kind]) < median(row[kind]) for other in timed) < NUM_FINALISTS for kind in KINDS
+    )
 
 
 def _fits(plan: Plan, shape: Shape, device: Device) -> bool:

@@ -16,7 +16,7 @@ The file is one object:
         timings         name -> [microseconds a call, one sample a replay]
         cpu_cost        name -> [microseconds of the CPU a call, one sample a batch]
         missing         name -> why it was not measured
-    plans           null, or a list of {plan, isolated, chained}: microseconds a call, as above
+    plans           null, or a list of what :func:`mlpdown.bench.plans.sweep` returns, with shape, dtype and floor_us
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shapes that are measured: the MLP down projections of models that people run."""
+"""The shapes that are measured: the MLP down projections of models that people run, and other linear layers, whose rows are short."""
 
 from __future__ import annotations
 
@@ -40,13 +40,23 @@ SHAPES = (
     Shape("qwen2-7b", 3584, 18944),
 )
 
+# Of Pythia-2.8B the up projection, query, key and value, and the attention's output projection; and a square.
+SHORT_SHAPES = (
+    Shape("up-2.8b", 10240, 2560),
+    Shape("qkv-2.8b", 7680, 2560),
+    Shape("proj-2.8b", 2560, 2560),
+    Shape("4096x4096", 4096, 4096),
+)
+LISTS = {"all": SHAPES, "short": SHORT_SHAPES}
+
 
 def parse_shapes(text: str) -> list[Shape]:
-    """``all``, or names and ``HIDDENxINTERMEDIATE`` sizes with commas. Raises ValueError for anything else."""
-    if text == "all":
-        return list(SHAPES)
-    by_name = {shape.name: shape for shape in SHAPES}
-    by_size = {(shape.hidden_dim, shape.intermediate_dim): shape for shape in SHAPES}
+    """``all``, ``short``, or names and ``HIDDENxINTERMEDIATE`` sizes with commas. Raises ValueError for anything else."""
+    if text in LISTS:
+        return list(LISTS[text])
+    known = (*SHAPES, *SHORT_SHAPES)
+    by_name = {shape.name: shape for shape in known}
+    by_size = {(shape.hidden_dim, shape.intermediate_dim): shape for shape in known}
     shapes = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d+)x(\d+)", word)
@@ -58,5 +68,5 @@ def parse_shapes(text: str) -> list[Shape]:
                 raise ValueError(f"intermediate_dim of a shape must be a positive multiple of 8, got {word!r}")
             shapes.append(by_size.get(size, Shape(word, *size)))
         else:
-            raise ValueError(f"shape must be 'all', HIDDENxINTERMEDIATE or one of {', '.join(by_name)}, got {word!r}")
+            raise ValueError(f"shape must be {', '.join(LISTS)}, HIDDENxINTERMEDIATE or one of {', '.join(by_name)}, got {word!r}")
     return shapes

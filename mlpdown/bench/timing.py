@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -11,14 +12,16 @@ from .chain import Captured
 
 NUM_WARM_UP_ROUNDS = 3
 
+Key = TypeVar("Key", bound=Hashable)
 
-def time_replays(candidates: Mapping[str, Captured], num_rounds: int, num_calls: int) -> dict[str, list[float]]:
+
+def time_replays(candidates: Mapping[Key, Captured], num_rounds: int, num_calls: int) -> dict[Key, list[float]]:
     """Microseconds a call of each graph, one sample a round.
 
     All rounds are enqueued at once: the host runs ahead, so no gap on the GPU is one that the host made.
     """
     order = list(candidates)
-    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    events: list[tuple[Key, torch.cuda.Event, torch.cuda.Event]] = []
     torch.cuda.synchronize()
     for round_idx in range(NUM_WARM_UP_ROUNDS + num_rounds):
         # Another candidate goes first each time.
@@ -31,7 +34,7 @@ def time_replays(candidates: Mapping[str, Captured], num_rounds: int, num_calls:
             if round_idx >= NUM_WARM_UP_ROUNDS:
                 events.append((name, begin, end))
     torch.cuda.synchronize()
-    samples: dict[str, list[float]] = {name: [] for name in order}
+    samples: dict[Key, list[float]] = {name: [] for name in order}
     for name, begin, end in events:
         samples[name].append(1e3 * begin.elapsed_time(end) / num_calls)
     return samples

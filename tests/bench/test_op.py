@@ -12,14 +12,12 @@ import torch
 import mlpdown
 from mlpdown import torch_backend
 from mlpdown.bench import peers
-from mlpdown.bench import plans as sweep_plans
 from mlpdown.bench.chain import Chain, CheckError, Oracle, calls_for, check_same_bits
 from mlpdown.bench.op import validity
 from mlpdown.bench.peers import TimeLimitExpired, multiply_and_sum_layer, time_limit, torch_layer
 from mlpdown.bench.results import Report, Result, quartiles, read_report
 from mlpdown.bench.shapes import PYTHIA_2B8, SHAPES, Shape, parse_shapes
 from mlpdown.cli import main
-from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
 
 TINY = Shape("tiny", 48, 256)
 CPU = torch.device("cpu")
@@ -86,6 +84,12 @@ def test_bad_arguments_are_refused_with_the_reason(arguments: list[str], message
 
 def test_all_shapes_are_known_by_name_and_by_size() -> None:
     assert parse_shapes("all") == list(SHAPES)
+    assert [str(shape) for shape in parse_shapes("short")] == [
+        "up-2.8b 10240x2560",
+        "qkv-2.8b 7680x2560",
+        "proj-2.8b 2560x2560",
+        "4096x4096",
+    ]
     assert parse_shapes("2560x10240,llama-3-8b") == [PYTHIA_2B8, next(shape for shape in SHAPES if shape.name == "llama-3-8b")]
     assert PYTHIA_2B8.weight_bytes == 52_428_800
 
@@ -95,38 +99,6 @@ def test_weights_of_a_chain_exceed_the_cache_three_times(shape: Shape) -> None:
     l2_bytes = 60 << 20
     assert calls_for(shape, l2_bytes) * shape.weight_bytes >= 3 * l2_bytes
     assert calls_for(shape, l2_bytes) >= 32
-
-
-@pytest.mark.parametrize("device", [H200, RTX_5090], ids=lambda device: device.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sweep_has_plans_that_run_among_them_the_chosen_ones(shape: Shape, device: Device) -> None:
-    grid = sweep_plans.grid(shape, device)
-    assert len(set(grid)) == len(grid) <= 400
-    for plan in grid:
-        check_plan(plan, shape.intermediate_dim, device)
-    for weight_prefetch in (False, True):
-        chosen = choose_plan(shape.hidden_dim, shape.intermediate_dim, device, weight_prefetch=weight_prefetch)
-        assert dataclasses.replace(chosen, weight_prefetch=False) in grid
-
-
-def test_sweep_varies_what_a_ring_has() -> None:
-    rings = [plan for plan in sweep_plans.grid(PYTHIA_2B8, H200) if not plan.rows_in_registers]
-    assert {(plan.cluster_size, plan.rows_per_stage) for plan in rings} >= {(1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)}
-    ones = {(plan.num_stages, plan.stages_in_flight) for plan in rings if (plan.cluster_size, plan.rows_per_stage) == (1, 1)}
-    # Stages of 20 KB: ten fill an SM beside an activation, five or four leave room for a second CTA, two for a third.
-    assert {(10, 1), (10, 2), (10, 4), (10, 10), (4, 4), (2, 1), (2, 2)} <= ones
-
-
-def test_table_of_a_sweep_names_ring_and_registers() -> None:
-    ring = Plan(1, 1, 10, 4, 8, activation_in_registers=True, stagger_rows=1)
-    rows = [
-        {"plan": dataclasses.asdict(ring), "isolated": [15.0], "chained": [12.5]},
-        {"plan": dataclasses.asdict(Plan.in_registers(4)), "error": "plan: not one cluster"},
-    ]
-    table = sweep_plans.table(rows, "title")
-    cells = [list(column.cells) for column in table.columns]
-    assert [row[0] for row in cells] == ["", "1", "1", "10", "4", "8", "registers", "1", "12.50", "15.00 *"]
-    assert [row[1] for row in cells] == ["4", "", "", "", "", "", "", "", "plan: not one cluster", ""]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

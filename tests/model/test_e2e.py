@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import mlpdown.ops
 from mlpdown.bench import e2e, e2e_models, e2e_subject
-from mlpdown.bench.e2e_check import CheckError, Oracle
+from mlpdown.accuracy import CheckError
+from mlpdown.bench.e2e_check import Oracle
 from mlpdown.bench.e2e_decode import EagerDecoder, LoopDecoder, StaticDecoder, forced_logits, has_inductor_pdl
 from mlpdown.bench.e2e_loop import LoopModel, torch_mlp_down
 
