@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from rich.table import Table
-
-from .results import Report, median, quartiles, read_report
-from .tables import new_console
+from ..json_lines import read_json
+from ..timing import median, quartiles
+from . import e2e_timing
+from .report import SCHEMA_VERSION, label_of, new_console, new_table
 
 # A change is one when it exceeds this much of the old value, and three times the spread of both samples.
 SMALLEST_CHANGE = 0.02
 TIMES_SPREAD = 3.0
 # The quartiles of a normal distribution are 1.349 standard deviations apart.
 QUARTILES_PER_DEVIATION = 1.349
-OURS = "native"
+OURS = ("native", "patched")
+
+Timings = dict[tuple[str, str], tuple[float, float]]
+"""(shape or mode, candidate) -> median and standard deviation."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One candidate at one shape and dtype, in both files."""
+class Change(NamedTuple):
+    """One candidate in both files, or in one of them; ratio and noise are relative to the old median, NaN if only one file has it."""
 
     label: str
     name: str
-    old_us: float
-    new_us: float | None
-    """None: no longer measured."""
+    old: float
+    new: float
+    ratio: float
     noise: float
-    """The change, relative to the old value, that is within noise."""
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.new_us is None else self.new_us / self.old_us
-
-    @property
-    def is_regression(self) -> bool:
-        """Only of our own: that a peer became slower is no fault."""
-        if not self.name.startswith(OURS):
-            return False
-        return self.ratio is None or self.ratio > 1 + self.noise
-
-    @property
-    def verdict(self) -> str:
-        if self.ratio is None:
-            return "no longer measured"
-        if abs(self.ratio - 1) <= self.noise:
-            return "within noise"
-        return "slower" if self.ratio > 1 else "faster"
+    verdict: str
+    is_regression: bool
+    """Ours became slower, or is gone from what the new file has measured. That a baseline became slower is no fault."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,68 +47,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print the changes. Returns 1 if one of our own is a regression, 2 if the files cannot be compared."""
     try:
-        old, new = read_report(arguments.old), read_report(arguments.new)
-        changes = compare(old, new)
+        changes = compare(arguments.old, arguments.new)
     except (ValueError, OSError) as error:
         print(f"mlpdown bench compare: {error}", file=sys.stderr)
         return 2
-    table = Table(title=f"{old.machine['gpu'] or 'CPU'}: {arguments.old} to {arguments.new}", title_justify="left")
-    for heading in ("shape", "candidate", "old us", "new us", "new over old", "noise", ""):
-        is_name = heading in ("shape", "candidate")
-        table.add_column(heading, justify="left" if is_name or not heading else "right", no_wrap=is_name)
+    title = f"{arguments.old} to {arguments.new}: medians; new over old below 1 is faster"
+    table = new_table(title, "shape or mode", "candidate", "old", "new", "new over old", "noise", "")
     for change in changes:
-        table.add_row(
-            change.label,
-            change.name,
-            f"{change.old_us:.2f}",
-            "-" if change.new_us is None else f"{change.new_us:.2f}",
-            "-" if change.ratio is None else f"{change.ratio:.3f}",
-            f"{change.noise:.3f}",
-            change.verdict,
-            style="bold red" if change.is_regression else None,
-        )
-    console = new_console()
-    console.print(table)
+        numbers = ["-" if math.isnan(value) else f"{value:.3f}" for value in change[2:6]]
+        table.add_row(*change[:2], *numbers, change.verdict, style="bold red" if change.is_regression else None)
+    new_console().print(table)
     num_regressions = sum(change.is_regression for change in changes)
-    console.print("No regression." if not num_regressions else f"{num_regressions} of ours became slower, or are no longer measured.")
+    num_alone = sum(math.isnan(change.ratio) for change in changes)
+    found = f"{num_regressions} of ours became slower, or are no longer measured" if num_regressions else "No regression"
+    print(f"{found}: {len(changes) - num_alone} compared, {num_alone} in one file only.")
     return 1 if num_regressions else 0
 
 
-def compare(old: Report, new: Report) -> list[Change]:
-    """Every candidate of ``old`` at every shape that both measured.
+def compare(old_path: Path, new_path: Path) -> list[Change]:
+    """Every candidate of either file.
 
     Raises:
-        ValueError: they are from different GPUs, or have nothing in common.
+        ValueError: a file is no result of ``bench op`` or ``bench e2e``, or they are of different GPUs or have nothing in common.
+        OSError: a file cannot be read.
     """
-    if old.machine["gpu"] != new.machine["gpu"]:
-        raise ValueError(f"results of different machines cannot be compared: {old.machine['gpu']} and {new.machine['gpu']}")
-    new_results = {result.label: result for result in new.results}
-    changes = []
-    for result in old.results:
-        if result.label not in new_results:
-            continue
-        newer = new_results[result.label]
-        pairs = [("", result.timings, newer.timings), (" (CPU time)", result.cpu_cost, newer.cpu_cost)]
-        for suffix, old_samples, new_samples in pairs:
-            for name, samples in old_samples.items():
-                other = new_samples.get(name)
-                changes.append(
-                    Change(
-                        result.label,
-                        name + suffix,
-                        median(samples),
-                        None if other is None else median(other),
-                        _noise(samples, samples if other is None else other),
-                    )
-                )
-    if not changes:
-        raise ValueError("the two files have no shape and dtype in common")
+    (old_gpu, old), (new_gpu, new) = read_timings(old_path), read_timings(new_path)
+    if old_gpu != new_gpu:
+        raise ValueError(f"results of different machines cannot be compared: {old_gpu} and {new_gpu}")
+    if not old.keys() & new.keys():
+        raise ValueError("the two files have nothing in common")
+    measured, changes = {label for label, _ in new}, []
+    for label, name in {**old, **new}:
+        (before, old_deviation), (after, new_deviation) = (file.get((label, name), (math.nan, math.nan)) for file in (old, new))
+        noise = max(TIMES_SPREAD * math.hypot(old_deviation, new_deviation) / before, SMALLEST_CHANGE)
+        ratio = after / before
+        verdict = "within noise" if abs(ratio - 1) <= noise else "slower" if ratio > 1 else "faster"
+        if math.isnan(ratio):
+            verdict = "in the new file only" if math.isnan(before) else "in the old file only"
+        is_worse = verdict == "slower" or (math.isnan(after) and label in measured)
+        changes.append(Change(label, name, before, after, ratio, noise, verdict, is_worse and name.startswith(OURS)))
     return changes
 
 
-def _noise(old: list[float], new: list[float]) -> float:
-    deviations = []
-    for samples in (old, new):
-        lower, upper = quartiles(samples)
-        deviations.append((upper - lower) / QUARTILES_PER_DEVIATION)
-    return max(SMALLEST_CHANGE, TIMES_SPREAD * math.hypot(*deviations) / median(old))
+def read_timings(path: Path) -> tuple[str, Timings]:
+    """The GPU of a result and its times: of ``bench op`` in microseconds a call, of ``bench e2e`` in milliseconds a token. Raises as
+    :func:`compare`."""
+    timings: Timings = {}
+
+    def add(label: str, name: str, middle: float, spread: tuple[float, float]) -> None:
+        timings[label, name] = middle, (spread[1] - spread[0]) / QUARTILES_PER_DEVIATION
+
+    if '"benchmark": "e2e"' in path.read_text():
+        content = read_json(path, "e2e", e2e_timing.SCHEMA_VERSION)
+        for row in content["rows"]:
+            mode = e2e_timing.mode_label(row["mode"], row["cache_length"])
+            label = f"{content['model']} {content['dtype']}, {mode}, {row['num_tokens']} tokens"
+            for name in ("stock", "patched"):
+                add(label, name, row[f"{name}_ms"]["median"], row[f"{name}_ms"]["quartiles"])
+        return content["machine"]["gpu"] or "CPU", timings
+    content = read_json(path, "op", SCHEMA_VERSION)
+    for result in content["results"]:
+        costs = {f"{name} (CPU time)": samples for name, samples in result["cpu_cost"].items()}
+        for name, samples in {**result["timings"], **costs}.items():
+            add(label_of(result), name, median(samples), quartiles(samples))
+    return content["machine"]["gpu"] or "CPU", timings

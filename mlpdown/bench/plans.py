@@ -13,25 +13,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from rich import box
+from rich.box import SIMPLE
 from rich.table import Table
 
 from .. import native_backend
 from ..plan import MAX_STAGES, ROWS_IN_REGISTERS, ROWS_PER_STAGE, Device, Plan, check_plan
-from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
+from ..timing import Captured, Clock, median, time_rounds
+from .baselines import first_line
+from .inputs import Checks, Inputs, check_same_bits
 from .measure import native_layer, native_plans
-from .results import median
-from .shapes import Shape
-from .timing import time_replays
+from .report import new_table
 
 NUM_SCREENING_ROUNDS = 3
 NUM_FINAL_ROUNDS = 20
 NUM_SHOWN = 5
 # So many of the fastest chained, and as many of the fastest isolated, are timed anew.
 NUM_FINALISTS = 10
-# A stage of a row of at least so many bytes may be worth a cluster, which splits it.
-SMALLEST_SPLIT_ROW_BYTES = 16 * 2**10
+SHORTEST_SPLIT_ROW = 8192  # shorter ones are not worth a cluster
 CLUSTER_SIZES = (1, 2, 4)
 CONSUMER_WARPS = (1, 2, 4, 8, 16)
 STAGES = (2, 3, 4, 5, 6, 8, 10, 12, 14, MAX_STAGES)
@@ -49,98 +47,85 @@ COLUMNS = {
 LEGEND = "cl: cluster size; st: stages; fl: stages in flight; act: activation in registers or shared memory; stag: rows staggered"
 
 
-def grid(shape: Shape, device: Device) -> list[Plan]:
+def grid(intermediate_dim: int, device: Device) -> list[Plan]:
     """Every plan that fits: all of the registers kernel; of the ring, rows and groups of warps, stages and how many of them are in flight,
     the activation in shared memory or in registers, shares staggered or not, and clusters where rows are long."""
     plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
-    cluster_sizes = CLUSTER_SIZES if 2 * shape.intermediate_dim >= SMALLEST_SPLIT_ROW_BYTES else CLUSTER_SIZES[:1]
-    for cluster_size, rows, warps, stages, in_flight, in_registers, stagger in itertools.product(
-        cluster_sizes, ROWS_PER_STAGE, CONSUMER_WARPS, STAGES, STAGES_IN_FLIGHT, (True, False), (0, 1)
-    ):
-        if in_flight <= stages:
-            plan = Plan(
-                cluster_size, rows, stages, in_flight, warps, activation_in_registers=in_registers, stagger_rows=stagger
-            )
-            plans.append(plan)
-    return [plan for plan in plans if _fits(plan, shape, device)]
+    cluster_sizes = CLUSTER_SIZES if intermediate_dim >= SHORTEST_SPLIT_ROW else CLUSTER_SIZES[:1]
+    rings = itertools.product(cluster_sizes, ROWS_PER_STAGE, STAGES, STAGES_IN_FLIGHT, CONSUMER_WARPS)
+    for ring, in_registers, stagger in itertools.product(rings, (True, False), (0, 1)):
+        plan = Plan(*ring, activation_in_registers=in_registers, stagger_rows=stagger)
+        try:
+            check_plan(plan, intermediate_dim, device)
+        except ValueError:
+            continue
+        plans.append(plan)
+    return plans
 
 
 def variants(plan: Plan) -> dict[str, Plan]:
     """What a plan is timed as: chained with prefetch, and isolated."""
-    return {
-        "chained": dataclasses.replace(plan, weight_prefetch=True, dependent_launch=True),
-        "isolated": dataclasses.replace(plan, weight_prefetch=False, dependent_launch=False),
-    }
+    return {kind: dataclasses.replace(plan, weight_prefetch=flag, dependent_launch=flag) for kind, flag in zip(KINDS, (True, False), strict=True)}
 
 
-def sweep(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    seconds: float,
-    num_calls: int | None,
-    seed: int,
-    progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
+def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
     """Screen the grid for ``seconds``, then time the fastest anew.
 
     Returns:
         A row a plan: ``plan``, ``is_chosen`` (the plan that a caller gets), ``is_final``, and ``chained`` and ``isolated`` with a sample a
-        round in microseconds a call, or ``error`` of a plan that cannot be launched. Finalists first, the fastest chained first.
+        round in microseconds a call, or ``error`` of a plan that cannot be launched. Finalists first, the fastest chained first. And how
+        many plans there would be with more time.
 
     Raises:
         CheckError: a plan changes a bit.
     """
     end = time.monotonic() + seconds
-    properties = native_backend.device_properties(device.index)
-    num_calls = num_calls or calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
-    chain = Chain.make(shape, dtype, device, num_calls, seed)
-    chosen = native_plans(shape, device)
-    expected = chain.run(native_layer(chosen["native_chained"]))
-    Oracle(chain).check_bits("the chosen plan", expected)
+    device, weight_shape = inputs.bias.device, inputs.weights[0].shape
+    chosen = native_plans(weight_shape, device)
+    expected = inputs.run(native_layer(chosen["native_chained"]))
+    Checks(inputs).check("the chosen plan", expected, bits=True)
 
-    def capture(plan: Plan) -> dict[str, Captured]:
+    def measure(rows: list[dict[str, Any]], num_rounds: int) -> None:
         graphs = {}
-        for name, variant in variants(plan).items():
-            graphs[name] = Captured(functools.partial(chain.run, native_layer(variant)))
-            graphs[name].replay()
-            check_same_bits(f"{name} under {variant}", graphs[name].outs, expected)
-        return graphs
+        for index, row in enumerate(rows):
+            for kind, variant in variants(Plan(**row["plan"])).items():
+                graphs[index, kind] = graph = Captured(functools.partial(inputs.run, native_layer(variant)))
+                graph.replay()
+                check_same_bits(f"{kind} under {variant}", graph.outs, expected)
+        replays = {key: graph.replay for key, graph in graphs.items()}
+        for (index, kind), samples in time_rounds(replays, Clock(device, "device"), num_rounds, len(inputs.weights)).items():
+            rows[index][kind] = samples
 
     # The chosen ones come first, whatever time there is; the rest in an order that makes a sweep cut short a fair sample.
     own = [variants(chosen[name])["isolated"] for name in ("native_chained_prefetch", "native_isolated")]
-    others = [variants(plan)["isolated"] for plan in grid(shape, properties)]
+    others = grid(weight_shape[1], native_backend.device_properties(device.index))
     random.Random(seed).shuffle(others)
-    plans = list(dict.fromkeys([*own, *others]))
+    plans = list(dict.fromkeys([*own, *(variants(plan)["isolated"] for plan in others)]))
     rows: list[dict[str, Any]] = []
     for plan in plans:
         if time.monotonic() >= end and plan not in own:
             break
-        progress(f"plan {len(rows) + 1} of {len(plans)}")
-        row: dict[str, Any] = {"plan": dataclasses.asdict(plan), "is_chosen": plan in own, "is_final": False}
-        rows.append(row)
+        tell(f"plan {len(rows) + 1} of {len(plans)}")
+        rows.append({"plan": dataclasses.asdict(plan), "is_chosen": plan in own, "is_final": False})
         try:
-            row.update(time_replays(capture(plan), NUM_SCREENING_ROUNDS, num_calls))
+            measure(rows[-1:], NUM_SCREENING_ROUNDS)
         except RuntimeError as error:  # the launcher's words, if not one cluster of the plan fits
-            row["error"] = str(error).splitlines()[0]
-    finalists = [row for row in rows if "error" not in row and (row["is_chosen"] or _is_among_fastest(row, rows))]
-    progress(f"{len(finalists)} finalists")
-    graphs = {(index, kind): graph for index, row in enumerate(finalists) for kind, graph in capture(Plan(**row["plan"])).items()}
-    for (index, kind), samples in time_replays(graphs, NUM_FINAL_ROUNDS, num_calls).items():
-        finalists[index].update({kind: samples, "is_final": True})
-    return sorted(rows, key=lambda row: (not row["is_final"], median(row["chained"]) if "chained" in row else float("inf")))
-
-
-def num_in_grid(shape: Shape, device: torch.device) -> int:
-    """How many plans a sweep without a limit would time, the chosen ones apart."""
-    return len(grid(shape, native_backend.device_properties(device.index)))
+            rows[-1]["error"] = first_line(error)
+    timed = [row for row in rows if "error" not in row]
+    fastest = [row for kind in KINDS for row in sorted(timed, key=lambda row: median(row[kind]))[:NUM_FINALISTS]]
+    finalists = [row for row in timed if row["is_chosen"] or row in fastest]
+    tell(f"{len(finalists)} finalists")
+    measure(finalists, NUM_FINAL_ROUNDS)
+    for row in finalists:
+        row["is_final"] = True
+    rows.sort(key=lambda row: (not row["is_final"], median(row["chained"]) if "chained" in row else float("inf")))
+    return rows, len(plans)
 
 
 def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
     """The fastest finalists chained with prefetch, the fastest isolated, and the chosen plans; times with their ratio to the floor."""
-    result = Table(title=title, title_justify="left", caption=LEGEND, caption_justify="left", box=box.SIMPLE, padding=0, show_edge=False)
-    for heading in ("", *COLUMNS, "chained, prefetch", "isolated"):
-        result.add_column(heading, justify="right" if heading else "left")
+    options = {"caption": LEGEND, "caption_justify": "left", "box": SIMPLE, "padding": 0}
+    result = new_table(title, "", *COLUMNS, "chained, prefetch", "isolated", **options)
     final = [row for row in rows if row["is_final"]]
     for kind in KINDS:
         for rank, row in enumerate(sorted(final, key=lambda row: median(row[kind]))[:NUM_SHOWN], 1):
@@ -153,25 +138,8 @@ def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
 
 
 def _cells(row: dict[str, Any], floor_us: float) -> list[str]:
-    plan = row["plan"]
+    plan = {**row["plan"], "activation_in_registers": "reg" if row["plan"]["activation_in_registers"] else "sh"}
+    cells = [str(plan[name]) for name in COLUMNS.values()]
     if plan["rows_in_registers"]:
         cells = ["reg.", str(plan["rows_in_registers"]), *[""] * (len(COLUMNS) - 2)]
-    else:
-        values = {**plan, "activation_in_registers": "reg" if plan["activation_in_registers"] else "sh"}
-        cells = [str(values[name]) for name in COLUMNS.values()]
     return cells + [f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS]
-
-
-def _is_among_fastest(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    timed = [other for other in rows if "error" not in other]
-    return any(
-        sum(median(other[kind]) < median(row[kind]) for other in timed) < NUM_FINALISTS for kind in KINDS
-    )
-
-
-def _fits(plan: Plan, shape: Shape, device: Device) -> bool:
-    try:
-        check_plan(plan, shape.intermediate_dim, device)
-    except ValueError:
-        return False
-    return True

@@ -1,11 +1,11 @@
-"""The roofline as a bar chart: how much of the memory's steady rate each candidate reaches, shape by shape."""
+"""Plots of results. They need matplotlib."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
-from .results import Report, median
-from .tables import COMPILED_PEERS, best
+from .report import Content, label_of, median_of, steady_rate
 
 # Candidates of a GPU, then of a CPU.
 BARS = {
@@ -17,50 +17,59 @@ BARS = {
     "torch": ("PyTorch", "#b8b8b8"),
     "numba": ("mlpdown, specification", "#7fb3d5"),
 }
+BESIDE = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 
 
-def write_plot(report: Report, path: Path) -> list[Path]:
-    """Draw a report to ``path`` with the suffixes .svg and .png; returns the two.
+def require_matplotlib() -> None:
+    """Raise RuntimeError if it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
 
-    Raises:
-        RuntimeError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'mlpdown[bench]'") from error
 
-    dtypes = list(dict.fromkeys(result.dtype for result in report.results))
-    num_shapes = max(sum(result.dtype == dtype for result in report.results) for dtype in dtypes)
+def plot_bandwidth(content: Content, path: Path) -> None:
+    """How much of the memory's steady rate each candidate reaches, shape by shape; to ``path`` with the suffixes .svg and .png."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    dtypes, rate = list(dict.fromkeys(result["dtype"] for result in content["results"])), steady_rate(content)
     with matplotlib.rc_context({"svg.hashsalt": "mlpdown", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * num_shapes), 3.2 * len(dtypes)), layout="constrained")
+        size = (4.0 + 1.1 * len(content["results"]) / len(dtypes), 3.2 * len(dtypes))
+        figure = Figure(figsize=size, layout="constrained")
         for axes, dtype in zip(figure.subplots(len(dtypes), 1, squeeze=False)[:, 0], dtypes, strict=True):
-            results = [result for result in report.results if result.dtype == dtype]
-            bars: dict[str, list[tuple[int, float]]] = {}
-            for position, result in enumerate(results):
-                for name in BARS:
-                    compiled = best(result, COMPILED_PEERS)
-                    value = (compiled[1] if compiled else None) if name == "compiled" else result.median(name)
-                    if value is not None:
-                        bars.setdefault(name, []).append((position, result.weight_bytes / value / 1e6))
-            names = [name for name in BARS if name in bars]
-            width = 0.8 / max(1, len(names))
+            results = [result for result in content["results"] if result["dtype"] == dtype]
+            names = [name for name in BARS if any(median_of(result, name) for result in results)]
+            width = 0.8 / len(names)
             for index, name in enumerate(names):
-                offset = (index - (len(names) - 1) / 2) * width
-                label, color = BARS[name]
-                places = [position + offset for position, _ in bars[name]]
-                axes.bar(places, [rate for _, rate in bars[name]], width, label=label, color=color)
-            if report.steady_read is not None:
-                steady = median(report.steady_read["tb_per_s"])
-                axes.axhline(steady, color="black", linewidth=1)
-                axes.annotate(f"steady read {steady:.2f} TB/s", (0, steady), xytext=(2, 2), textcoords="offset points")
-                axes.set_ylim(0, 1.25 * steady)
-            axes.set_xticks(range(len(results)), [f"{result.shape}\n{result.hidden_dim}x{result.intermediate_dim}" for result in results])
+                rates = [result["weight_bytes"] / (median_of(result, name) or float("inf")) / 1e6 for result in results]
+                places = [position + (index - (len(names) - 1) / 2) * width for position in range(len(results))]
+                axes.bar(places, rates, width, label=BARS[name][0], color=BARS[name][1])
+            if rate is not None:
+                axes.axhline(rate, color="black", linewidth=1, label=f"steady read {rate:.2f} TB/s")
+            axes.set_xticks(range(len(results)), [label_of(result).removesuffix(f" {dtype}").replace(" ", "\n") for result in results])
             axes.set_ylabel("TB/s of weights")
-            axes.set_title(f"{report.machine['gpu'] or 'CPU'}, {dtype}, one token", loc="left")
-            axes.legend(ncols=3, fontsize=7, loc="upper center")
-        paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], dpi=160)
-    return paths
+            axes.set_title(f"{content['machine']['gpu'] or 'CPU'}, {dtype}, one token", loc="left")
+            axes.legend(**BESIDE)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_suffix(".png"), dpi=160)
+
+
+def plot_decoding(content: Content, path: Path) -> None:
+    """Milliseconds a token over the number of tokens: a colour and a marker a mode, dashed for PyTorch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, mode in enumerate(dict.fromkeys(row["mode"] for row in content["rows"])):
+        rows = sorted((row for row in content["rows"] if row["mode"] == mode), key=lambda row: row["num_tokens"])
+        for name, label, style in (("stock_ms", "PyTorch", "--"), ("patched_ms", "mlpdown", "-")):
+            points = [row["num_tokens"] for row in rows], [row[name]["median"] for row in rows]
+            axes.plot(*points, style, color=f"C{index}", marker="os^Dv"[index], label=f"{mode}, {label}")
+    lengths = sorted({row["num_tokens"] for row in content["rows"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("output tokens")
+    axes.set_ylabel("ms per output token")
+    axes.set_title(f"{content['model']}, {content['dtype']}, {content['device']}", fontsize="medium")
+    axes.legend(**BESIDE)
+    figure.savefig(path)

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpdown.bench.cuda_program import compile_cuda
+from mlpdown.jit.program import compile_cuda
 from mlpdown.jit.sources import package_sources
 from mlpdown.jit.toolchain import find_toolchain
 from mlpdown.plan import ROWS_IN_REGISTERS, Plan, instantiation

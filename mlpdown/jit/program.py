@@ -1,4 +1,4 @@
-"""Small CUDA sources beside the package's library (yardsticks, test kernels): compiled on demand, kept in the cache by their content."""
+"""Small CUDA sources beside the package's library (benchmarks, test kernels): compiled on demand, kept in the cache by their content."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..jit import BuildError, cache, compile, targets
-from ..jit.display import Display
-from ..jit.toolchain import find_toolchain
+from . import cache, compile, targets
+from .display import Display
+from .errors import BuildError
+from .toolchain import find_toolchain
 
 COMPILE_LIMIT_SECONDS = 300
 _FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-Wall", "--threads=0", "-I.")

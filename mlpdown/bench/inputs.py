@@ -1,0 +1,92 @@
+"""The calls that are timed: their inputs, and what their results are held to.
+
+A run makes as many calls as a model has layers, each over a weight of its own, with the result of the call before as ``hidden_states``. All
+weights together exceed the L2 cache three times, so that every call finds its weight in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..accuracy import CheckError, bound_of, float64_result, magnitudes, outside
+from ..cases import Case
+from ..check import result_bits
+from .shapes import Shape
+
+Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""``(hidden_states, attn_output, mlp_intermediate, weight, bias) -> out``."""
+
+MINIMUM_CALLS = 32
+TIMES_L2 = 3
+
+
+def calls_for(shape: Shape, l2_bytes: int) -> int:
+    """Calls whose weights exceed an L2 cache of this size three times."""
+    return max(MINIMUM_CALLS, math.ceil(TIMES_L2 * l2_bytes / shape.weight_bytes))
+
+
+class Inputs:
+    """Random inputs, made on the device: all ``[1, dim]``, ``bias`` ``[hidden_dim]``, a weight for each call."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def values(scale: float, *size: int) -> torch.Tensor:
+            return torch.randn(size, dtype=dtype, device=device, generator=generator).mul_(scale)
+
+        _, hidden_dim, intermediate_dim = shape
+        self.hidden_states, self.attn_output = values(1.0, 1, hidden_dim), values(0.25, 1, hidden_dim)
+        self.mlp_intermediate, self.bias = values(1.0, 1, intermediate_dim), values(0.1, hidden_dim)
+        self.weights = [values(0.02, hidden_dim, intermediate_dim) for _ in range(num_calls)]
+
+    def call(self, layer: Layer, index: int = 0, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """One of the calls, by default with the first one's ``hidden_states``."""
+        before = self.hidden_states if hidden_states is None else hidden_states
+        return layer(before, self.attn_output, self.mlp_intermediate, self.weights[index], self.bias)
+
+    def run(self, layer: Layer) -> list[torch.Tensor]:
+        """Every call in turn; all results."""
+        outs: list[torch.Tensor] = []
+        for index in range(len(self.weights)):
+            outs.append(self.call(layer, index, outs[-1] if outs else None))
+        return outs
+
+
+class Checks:
+    """Hold the first and the last of a run's results to float64, or to the specification's bits."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.dtype = inputs, str(inputs.bias.dtype).removeprefix("torch.")
+        # But for hidden_states, which depend on who computed the results before.
+        cases = [self._case(index, torch.zeros_like(inputs.hidden_states)) for index in (0, -1)]
+        self.oracles = [(float64_result(case), magnitudes(case)) for case in cases]
+
+    def check(self, name: str, outs: Sequence[torch.Tensor], *, bits: bool = False) -> None:
+        """Raise CheckError unless both results are within the bound of a sum in any order; with ``bits``, are the specification's."""
+        befores = [self.inputs.hidden_states, outs[-2] if len(outs) > 1 else self.inputs.hidden_states]
+        for which, index, before, (exact, sizes) in zip(("first", "last"), (0, -1), befores, self.oracles, strict=True):
+            hidden_states, actual = before.double().cpu().numpy(), result_bits(outs[index])
+            bound = bound_of(sizes + abs(hidden_states), self.inputs.weights[0].shape[1], self.dtype, any_order=True)
+            wrongs = {"are further from float64 than their bound": outside(actual, exact + hidden_states, bound, self.dtype)}
+            if bits:
+                wrongs["have other bits than the specification"] = actual != self._case(index, before).expected_bits()
+            for what, wrong in wrongs.items():
+                if wrong.any():
+                    raise CheckError(f"{name}: {wrong.sum()} of {wrong.size} elements of the {which} call {what}")
+
+    def _case(self, index: int, hidden_states: torch.Tensor) -> Case:
+        made = self.inputs
+        tensors = (hidden_states, made.attn_output, made.mlp_intermediate, made.weights[index], made.bias)
+        arrays = (tensor.float().cpu().numpy() for tensor in tensors)
+        return Case(self.dtype, *arrays)
+
+
+def check_same_bits(name: str, outs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Raise CheckError unless two runs agree in every bit of every call."""
+    actual, other = (torch.stack(list(tensors)).view(torch.int16) for tensors in (outs, expected))
+    wrong = int((actual != other).sum())
+    if wrong:
+        raise CheckError(f"{name}: {wrong} elements have other bits than under the default plan")
