@@ -1,8 +1,8 @@
-# make demo    set everything up and run the main job: the op at Pythia-2.8B's size, every backend that can run here, bits compared
+# make demo    set everything up and replay, with every backend that can run here, results that were recorded on a GPU
 # make test    the tests (TESTFLAGS="-m gpu" or "-m slow" for the others)
 # make lint    ruff and mypy
 # make wheel   one wheel with the compiled library, in dist/
-# make compat  the built library under every torch and Python that can be had here; writes build/compat/
+# make compat  the built library and the specification under every torch, Python and numba that can be had here; writes build/compat/
 # make transformers4  the model tests under transformers 4.57
 # make receipt on a machine with a GPU: build, tests, bits, errors, goldens, hazards, sanitizers, as build/receipt/receipt.json
 #
@@ -53,5 +53,5 @@ clean:
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@

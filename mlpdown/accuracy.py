@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from .cases import Case
+from .cases import Case, to_float64
 from .plan import NUM_SEGMENTS, VECTOR_SIZE
 
 NUM_LANES = 32  # of the canonical order
@@ -41,16 +41,16 @@ def bits_to_float64(bits: npt.NDArray[np.uint16], dtype: str) -> Float64Array:
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float64)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return to_float64((bits.astype(np.uint32) << 16).view(np.float32))
 
 
 def float64_result(case: Case) -> Float64Array:
     """The op in float64, ``[num_tokens, hidden_dim]``: the oracle."""
     with np.errstate(invalid="ignore", over="ignore"):
-        result = case.mlp_intermediate.astype(np.float64) @ case.weight.T.astype(np.float64)
+        result = to_float64(case.mlp_intermediate) @ to_float64(case.weight).T
         for residual in (case.bias, case.attn_output, case.hidden_states):
             if residual is not None:
-                result = result + residual
+                result = result + to_float64(residual)
     return result
 
 

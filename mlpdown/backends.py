@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 
 import torch
 
 from . import native_backend
 from .jit import BuildError
+from .numba_refusal import numba_refusal
 
 BACKENDS = ("native", "numba", "torch")
 
@@ -74,7 +74,9 @@ def _native_status() -> BackendStatus:
 
 
 def _numba_status() -> BackendStatus:
-    for package in ("numba", "numba_cuda"):
-        if importlib.util.find_spec(package) is None:
-            return BackendStatus(False, f"the package {package.replace('_', '-')} is not installed")
-    return BackendStatus(True, "the specification, on CPU tensors and on CUDA tensors")
+    refusal = numba_refusal("cpu")
+    if refusal is not None:
+        return BackendStatus(False, refusal)
+    on_gpu = numba_refusal("cuda") if torch.cuda.is_available() else None
+    on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
+    return BackendStatus(True, f"the specification, on CPU tensors{on_cuda}")

@@ -16,9 +16,10 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,31 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """The cache folder: ``MLPDOWN_CACHE_DIR``, else ``~/.cache/mlpdown``, else, without a home folder, one of this user's in the
-    system's folder for temporary files. It need not exist."""
+    """The cache folder: ``MLPDOWN_CACHE_DIR``, else ``~/.cache/mlpdown``, else, where no home folder can be used, one of this user's in
+    the system's folder for temporary files. It need not exist.
+
+    Raises:
+        BuildError: ``MLPDOWN_CACHE_DIR`` is ``~somebody`` who does not exist.
+    """
     named = os.environ.get("MLPDOWN_CACHE_DIR")
     if named:
-        return Path(named).expanduser().absolute()
-    try:
-        home = Path.home()
-    except RuntimeError:  # neither HOME nor an entry in the password database
-        home = None
-    if home is not None and home.is_dir():
-        return home / ".cache" / "mlpdown"
+        try:
+            return Path(named).expanduser().absolute()
+        except RuntimeError as error:
+            raise BuildError(f"the cache folder {named} cannot be: {error}; {CHOOSE_ANOTHER}") from error
+    folder = Path(os.path.expanduser("~"), ".cache", "mlpdown")  # "~" itself, where nobody knows of a home
+    if folder.is_absolute() and _can_be_used(folder):
+        return folder
     return Path(tempfile.gettempdir()) / f"mlpdown-{os.getuid()}"
+
+
+def _can_be_used(folder: Path) -> bool:
+    """Whether a folder is there, or can be made inside the home folder that is."""
+    if os.path.isdir(folder):
+        return os.access(folder, os.R_OK | os.X_OK)
+    home = folder.parents[1]
+    nearest = next((place for place in (folder.parent, home) if os.path.isdir(place)), None)
+    return nearest is not None and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def check_trust(folder: Path) -> None:
@@ -124,15 +138,6 @@ def check_trust(folder: Path) -> None:
             )
 
 
-def create(folder: Path) -> None:
-    """Make the cache folder, private to the user. Raises BuildError if that cannot be."""
-    with report_os_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-    check_trust(folder)
-
-
 def entries(folder: Path) -> list[Entry]:
     """Every readable entry, newest first. A broken one is not an entry."""
     check_trust(folder)
@@ -160,62 +165,54 @@ def verify(entry: Entry) -> str | None:
     return None
 
 
+def say(text: str) -> None:
+    """What a build shows: a line on standard error, so that output can be piped."""
+    print(f"mlpdown: {text}", file=sys.stderr, flush=True)
+
+
 def checksum(content: bytes) -> str:
     """SHA-256, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager
-def lock(folder: Path, key: str, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of one key. ``waiting`` is told, once, whom we wait for.
+def building_folder(key: str) -> Iterator[Path]:
+    """A folder to build ``key`` in, inside the cache folder, so that publishing is a rename. Other builders of this key wait.
 
     Raises:
-        BuildError: the lock cannot be had (a file system without locks, or half an hour has passed).
+        BuildError: the cache folder cannot be used, or the lock cannot be had (no locks in this file system, half an hour has passed).
     """
-    path = folder / f"{key}.lock"
-    with report_os_errors(folder):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        _acquire(descriptor, path, waiting)
-        with report_os_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)  # releases the lock; the file stays, because removing it would let two builders in
+    folder = cache_folder()
+    with _report_os_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        check_trust(folder)
+        with _lock(folder / f"{key}.lock"):
+            prefix = f".building-{key}-"
+            for leftover in folder.glob(f"{prefix}*"):  # of a killed build: we hold its lock
+                shutil.rmtree(leftover, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+            try:
+                yield building
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def building_folder(folder: Path, key: str) -> Iterator[Path]:
-    """A folder to build in, beside the entries, so that publishing it is a rename. Call with the lock held: leftovers of killed
-    builds of this key are removed."""
-    prefix = f".building-{key}-"
-    for leftover in folder.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with report_os_errors(folder):
-        building = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    try:
-        yield building
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def publish(folder: Path, key: str, library: Path, manifest: Manifest) -> Entry:
-    """Make ``library`` the entry ``key``, whole or not at all. Call with the lock held."""
-    destination = folder / key
-    with report_os_errors(folder), building_folder(folder, f"{key}-entry") as staging:
-        whole, replaced = staging / "entry", staging / "replaced"
-        whole.mkdir(mode=0o700)
-        shutil.copyfile(library, whole / LIBRARY_NAME)
-        (whole / MANIFEST_NAME).write_text(manifest.to_json())
-        if destination.exists():
-            destination.rename(replaced)  # processes that have it loaded keep it
-        whole.rename(destination)
+def publish(building: Path, key: str, library: Path, manifest: Manifest) -> Entry:
+    """Make ``library``, a file in the folder that is built in, the entry ``key``, whole or not at all."""
+    whole, destination = building / "entry", building.parent / key
+    whole.mkdir(mode=0o700)
+    os.replace(library, whole / LIBRARY_NAME)
+    (whole / MANIFEST_NAME).write_text(manifest.to_json())
+    if destination.exists():
+        destination.rename(building / "replaced")  # processes that have it loaded keep it
+    whole.rename(destination)
     return Entry(destination, manifest)
 
 
 @contextlib.contextmanager
-def report_os_errors(folder: Path) -> Iterator[None]:
+def _report_os_errors(folder: Path) -> Iterator[None]:
     """Turn an OSError in the cache folder into a BuildError that says what to do."""
     try:
         yield
@@ -233,7 +230,19 @@ def report_os_errors(folder: Path) -> Iterator[None]:
         raise BuildError(f"the cache folder {folder} {reason} ({error}); make room, or {CHOOSE_ANOTHER}") from error
 
 
-def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None]) -> None:
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _acquire(descriptor, path)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # releases the lock; the file stays, because removing it would let two builders in
+
+
+def _acquire(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + LOCK_LIMIT_SECONDS
     told = False
     while True:
@@ -249,7 +258,7 @@ def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None]) -> Non
         if not told:
             told = True
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            waiting(f"another process{f' ({holder})' if holder else ''} is building the library; waiting for it")
+            say(f"another process{f' ({holder})' if holder else ''} is building {path.stem}; waiting for it")
         if time.monotonic() > deadline:
             raise BuildError(
                 f"another process has held {path} for over {LOCK_LIMIT_SECONDS:.0f} s; end it, or {CHOOSE_ANOTHER}"

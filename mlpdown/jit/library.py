@@ -11,11 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cache, compile, driver, report, targets, toolchain
+from . import cache, compile, report, targets, toolchain
 from .cache import Entry, Manifest
-from .display import Display
 from .errors import BuildError
-from .sources import Sources, embedded_hash, package_sources
+from .sources import Sources, embedded_hash, native_folder, package_sources
 
 logger = logging.getLogger("mlpdown")
 
@@ -56,13 +55,11 @@ def load() -> LibraryInfo:
         except BuildError as error:
             _failure = error
             raise
+        except OSError as error:  # whatever it is: there are other backends
+            _failure = BuildError(f"the native library cannot be found or built: {error}")
+            raise _failure from error
         _loaded = info
         return info
-
-
-def loaded() -> LibraryInfo | None:
-    """The library that this process has loaded, if it has."""
-    return _loaded
 
 
 def find_or_build() -> LibraryInfo:
@@ -117,7 +114,7 @@ def build(
     for_this_machine: bool = True,
     sources: Sources | None = None,
 ) -> LibraryInfo:
-    """Build for these targets into the cache, and show progress; an entry that is there already is taken, unless ``force``.
+    """Build for these targets into the cache, and say so; an entry that is there already is taken, unless ``force``.
 
     Args:
         requested_targets: as :data:`mlpdown.jit.targets.ALL_TARGETS`. Those that the compiler does not know yet are left out.
@@ -129,38 +126,34 @@ def build(
     sources = package_sources() if sources is None else sources
     tools = toolchain.find_toolchain(for_this_machine=for_this_machine)
     built_targets = targets.targets_for_compiler(requested_targets, tools.nvcc_version)
-    targets.require_any(built_targets, tools.nvcc_version, requested_targets)
     key = build_key(sources, tools.identity, built_targets)
-    folder = cache.cache_folder()
-    cache.create(folder)
-    with Display() as display, cache.lock(folder, key, display.say):
+    with cache.building_folder(key) as building:
+        folder = building.parent
         existing = next((entry for entry in cache.entries(folder) if entry.folder.name == key), None)
         if existing is not None and not force and _refusal(existing, sources, []) is None:
             return LibraryInfo(existing.library, "cached", existing.manifest)
-        display.say(
+        cache.say(
             f"building the native library for {', '.join(built_targets)} with {tools.nvcc} ({tools.nvcc_build}, from {tools.origin})"
         )
         started = time.monotonic()
-        with cache.building_folder(folder, key) as building:
-            try:
-                with cache.report_os_errors(folder):
-                    library, log = compile.compile_library(sources, tools, built_targets, building, display.step)
-            except compile.CompileError as error:
-                raise BuildError(f"{error}{_keep_log(folder, error.log)}") from error
-            kernels = report.parse(log)
-            report.check(kernels, built_targets, num_kernels(sources))
-            manifest = Manifest(
-                source_hash=sources.source_hash,
-                flags=compile.flags_identity(),
-                compiler=tools.identity,
-                cuda_version=tools.nvcc_version,
-                targets=built_targets,
-                checksum=cache.checksum(library.read_bytes()),
-                build_seconds=round(time.monotonic() - started, 2),
-                kernels=[dataclasses.asdict(kernel) for kernel in kernels],
-            )
-            entry = cache.publish(folder, key, library, manifest)
-        display.say(f"built in {manifest.build_seconds:.1f} s: {entry.library}")
+        try:
+            library, log = compile.compile_library(sources, tools, built_targets, building)
+        except compile.CompileError as error:
+            raise BuildError(f"{error}{_keep_log(folder, error.log)}") from error
+        kernels = report.parse(log)
+        report.check(kernels, built_targets, num_kernels(sources))
+        manifest = Manifest(
+            source_hash=sources.source_hash,
+            flags=compile.flags_identity(),
+            compiler=tools.identity,
+            cuda_version=tools.nvcc_version,
+            targets=built_targets,
+            checksum=cache.checksum(library.read_bytes()),
+            build_seconds=round(time.monotonic() - started, 2),
+            kernels=[dataclasses.asdict(kernel) for kernel in kernels],
+        )
+        entry = cache.publish(building, key, library, manifest)
+    cache.say(f"built in {manifest.build_seconds:.1f} s: {entry.library}")
     return LibraryInfo(entry.library, "built", manifest)
 
 
@@ -177,8 +170,6 @@ def num_kernels(sources: Sources) -> int:
 
 def prebuilt_folder() -> Path:
     """Where a wheel carries its library."""
-    from .sources import native_folder
-
     return native_folder() / "prebuilt"
 
 
@@ -208,12 +199,9 @@ def _refusal(entry: Entry, sources: Sources, capabilities: Sequence[targets.Comp
         return (
             f"it holds {', '.join(manifest.targets)}, the GPU has compute capability {unserved[0][0]}.{unserved[0][1]}"
         )
-    driver_refusal = driver.refusal(manifest.cuda_version) if capabilities else None
-    if driver_refusal is not None:
-        return driver_refusal
-    broken = cache.verify(entry)
-    if broken is not None:
-        return broken
+    refusal = (toolchain.driver_refusal(manifest.cuda_version) if capabilities else None) or cache.verify(entry)
+    if refusal is not None:
+        return refusal
     if embedded_hash(entry.library.read_bytes()) != sources.source_hash:
         return "the hash inside it is not that of the sources"
     return None

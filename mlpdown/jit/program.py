@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cache, compile, targets
-from .display import Display
-from .errors import BuildError
 from .toolchain import find_toolchain
 
-COMPILE_LIMIT_SECONDS = 300
 _FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-Wall", "--threads=0", "-I.")
 
 
@@ -47,32 +43,13 @@ def compile_cuda(
     for file_name, content in sorted(files.items()):
         digest.update(f"\n{file_name} {len(content)}\n".encode() + content)
     key = f"{name}-{digest.hexdigest()[:24]}"
-    folder = cache.cache_folder()
-    result = folder / (f"{key}.so" if shared else f"{key}.program")
-    cache.create(folder)
-    with Display() as display, cache.lock(folder, key, display.say), cache.report_os_errors(folder):
-        if result.is_file():
-            return result
-        with cache.building_folder(folder, key) as building:
+    with cache.building_folder(key) as building:
+        result = building.parent / (f"{key}.so" if shared else f"{key}.program")
+        if not result.is_file():
             for file_name, content in files.items():
                 (building / file_name).write_bytes(content)
-            libraries = [f"-L{path}" for path in tools.library_folders]
-            command = [str(tools.nvcc), f"-ccbin={tools.host_compiler}", *flags, *libraries, "-o", "result", *sources]
-            try:
-                process = subprocess.run(
-                    command,
-                    cwd=building,
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=COMPILE_LIMIT_SECONDS,
-                    check=False,
-                    env={**os.environ, "LC_ALL": "C", "TMPDIR": "."},
-                )
-            except subprocess.TimeoutExpired as error:
-                raise BuildError(f"{name} did not compile in {COMPILE_LIMIT_SECONDS} s ({tools.nvcc})") from error
-            if process.returncode != 0:
-                log = process.stdout + process.stderr
-                raise BuildError(f"{name} does not compile ({tools.nvcc}): {compile.first_error(log)}")
+            folders = [f"-L{path}" for path in tools.library_folders]
+            command = [str(tools.nvcc), f"-ccbin={tools.host_compiler}", *flags, *folders, "-o", "result", *sources]
+            compile.run([command], building, f"{name} does not compile ({tools.nvcc})")
             os.replace(building / "result", result)
     return result

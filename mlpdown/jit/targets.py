@@ -52,8 +52,12 @@ def parse_targets(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def targets_for_compiler(targets: Sequence[str], compiler_version: tuple[int, int]) -> tuple[str, ...]:
-    """Those of ``targets`` that a compiler of this version knows."""
-    return tuple(target for target in targets if compiler_version >= _FIRST_COMPILER.get(target, (0, 0)))
+    """Those of ``targets`` that a compiler of this version knows. Raises BuildError if it knows none."""
+    known = tuple(target for target in targets if compiler_version >= _FIRST_COMPILER.get(target, (0, 0)))
+    if not known:
+        version = ".".join(map(str, compiler_version))
+        raise BuildError(f"nvcc {version} knows none of the targets {', '.join(targets)}; sm_103 needs CUDA 12.9 or newer")
+    return known
 
 
 def targets_for_devices(capabilities: Iterable[ComputeCapability]) -> tuple[str, ...]:
@@ -84,15 +88,6 @@ def present_capabilities() -> list[ComputeCapability]:
     if not torch.cuda.is_available():
         return []
     return sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
-
-
-def require_any(targets: Sequence[str], compiler_version: tuple[int, int], requested: Sequence[str]) -> None:
-    """Raise BuildError if nothing is left to compile for."""
-    if not targets:
-        version = ".".join(map(str, compiler_version))
-        raise BuildError(
-            f"nvcc {version} knows none of the targets {', '.join(requested)}; sm_103 needs CUDA 12.9 or newer"
-        )
 
 
 def _best_machine_target(targets: Sequence[str], capability: ComputeCapability) -> str | None:

@@ -9,24 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpdown import receipt_goldens, reference
-from mlpdown.receipt_goldens import GOLDEN_CASES, Golden, GoldenCase, read_golden
+from mlpdown import golden, receipt_goldens, reference
+from mlpdown.golden import Golden, GoldenCase, read_golden
+from mlpdown.receipt_goldens import GOLDEN_CASES
 
-FOLDER = Path(__file__).parent.parent / "data" / "goldens"
+FOLDER = Path(golden.__file__).parent / "goldens"
 SMALL = GoldenCase(24, 64, "bfloat16", "cancelling", 5)
 
 
 def test_every_golden_is_there() -> None:
-    """Made on a GPU by ``python -m mlpdown.receipt_goldens --out tests/data/goldens``."""
+    """Made on a GPU by ``python -m mlpdown.receipt_goldens --out mlpdown/goldens``."""
     assert {path.name for path in FOLDER.glob("*.json")} == {case.file_name for case in GOLDEN_CASES}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_specification_has_the_bits_of_the_gpu(path: Path) -> None:
-    golden = read_golden(path)
-    assert golden.case in GOLDEN_CASES
-    assert golden.gpu
-    assert golden.num_wrong_bits() == 0
+    recorded = read_golden(path)
+    assert recorded.case in GOLDEN_CASES
+    assert recorded.gpu
+    assert recorded.num_wrong_bits() == 0
 
 
 @pytest.mark.parametrize("golden_case", [case for case in GOLDEN_CASES if case.kind == "cancelling"], ids=lambda case: case.file_name)
@@ -44,9 +45,9 @@ def test_another_order_would_show(golden_case: GoldenCase) -> None:
 def test_golden_survives_its_file_and_sees_one_flipped_bit(tmp_path: Path) -> None:
     bits = SMALL.make().expected_bits()[0]
     path = Golden(SMALL, "a GPU", bits).write(tmp_path)
-    golden = read_golden(path)
-    assert golden.case == SMALL and golden.gpu == "a GPU"
-    assert golden.num_wrong_bits() == 0
+    again = read_golden(path)
+    assert again.case == SMALL and again.gpu == "a GPU"
+    assert again.num_wrong_bits() == 0
     bits = bits.copy()
     bits[3] ^= 1
     assert read_golden(Golden(SMALL, "a GPU", bits).write(tmp_path)).num_wrong_bits() == 1

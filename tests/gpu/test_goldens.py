@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 import mlpdown
+from mlpdown import golden
 from mlpdown.check import result_bits
-from mlpdown.receipt_goldens import GOLDEN_CASES, GoldenCase, read_golden
+from mlpdown.golden import GoldenCase, read_golden
+from mlpdown.receipt_goldens import GOLDEN_CASES
 
 pytestmark = pytest.mark.gpu
 
-FOLDER = Path(__file__).parent.parent / "data" / "goldens"
+FOLDER = Path(golden.__file__).parent / "goldens"
 
 
 @pytest.mark.parametrize("golden_case", GOLDEN_CASES, ids=lambda case: case.file_name)

@@ -48,7 +48,7 @@ def test_full_disk_while_publishing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", no_space)
+        patch.setattr(Path, "write_text", no_space)  # the manifest
         with pytest.raises(BuildError, match=r"has no space left.*MLPDOWN_CACHE_DIR"):
             library.build(ONE_TARGET)
     assert cache.entries(tmp_path / "cache") == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlpdown import doctor
-from mlpdown.jit import driver, library
+from mlpdown.jit import library, toolchain
 
 from .conftest import ONE_TARGET, FakeCompilers
 
@@ -78,7 +78,7 @@ def test_untrusted_cache_and_corrupted_library_are_problems(fake_compilers: Fake
 
 def test_driver_that_is_too_old(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
     library.build(ONE_TARGET)
-    monkeypatch.setattr(driver, "supported_cuda", lambda: (12, 4))
+    monkeypatch.setattr(toolchain, "supported_cuda", lambda: (12, 4))
     findings = doctor.examine()
     assert findings["driver"]["supports_cuda"] == "12.4"
     assert "needs driver 580 or newer" in findings["library"]["passed_over"][0]

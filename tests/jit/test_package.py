@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 IMPORT_MILLISECONDS = 50.0
 
@@ -42,10 +40,3 @@ def test_every_python_package_is_listed() -> None:
         "mlpdown.reference",
     }
     assert names == expected
-
-
-@pytest.mark.parametrize("command", [[], ["nonsense"], ["build", "--nonsense"]])
-def test_wrong_usage_ends_with_status_2(command: list[str]) -> None:
-    process = subprocess.run([sys.executable, "-m", "mlpdown", *command], capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert "usage: mlpdown" in process.stderr
