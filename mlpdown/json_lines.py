@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-LINE_CHARACTERS = 500
+LINE_CHARACTERS = 700
 SIGNIFICANT_DIGITS = 6
 
 
@@ -22,8 +22,8 @@ def to_json(value: Any, margin: str = "") -> str:
     return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{margin}{closing}"
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object; floats in no more digits than mean something."""
+def write_json(path: Path, content: Any) -> None:
+    """Write a value; floats in no more digits than mean something."""
     path.write_text(to_json(_rounded(content)) + "\n")
 
 

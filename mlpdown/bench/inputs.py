@@ -37,7 +37,7 @@ class Inputs:
         def values(scale: float, *size: int) -> torch.Tensor:
             return torch.randn(size, dtype=dtype, device=device, generator=generator).mul_(scale)
 
-        _, hidden_dim, intermediate_dim = shape
+        self.dtype, (_, hidden_dim, intermediate_dim) = str(dtype).removeprefix("torch."), shape
         self.hidden_states, self.attn_output = values(1.0, 1, hidden_dim), values(0.25, 1, hidden_dim)
         self.mlp_intermediate, self.bias = values(1.0, 1, intermediate_dim), values(0.1, hidden_dim)
         self.weights = [values(0.02, hidden_dim, intermediate_dim) for _ in range(num_calls)]
@@ -54,14 +54,20 @@ class Inputs:
             outs.append(self.call(layer, index, outs[-1] if outs else None))
         return outs
 
+    def case(self, index: int, hidden_states: torch.Tensor) -> Case:
+        """A call in the form that the specification and the oracle take."""
+        tensors = (hidden_states, self.attn_output, self.mlp_intermediate, self.weights[index], self.bias)
+        arrays = (tensor.float().cpu().numpy() for tensor in tensors)
+        return Case(self.dtype, *arrays)
+
 
 class Checks:
     """Hold the first and the last of a run's results to float64, or to the specification's bits."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.dtype = inputs, str(inputs.bias.dtype).removeprefix("torch.")
+        self.inputs = inputs
         # But for hidden_states, which depend on who computed the results before.
-        cases = [self._case(index, torch.zeros_like(inputs.hidden_states)) for index in (0, -1)]
+        cases = [inputs.case(index, torch.zeros_like(inputs.hidden_states)) for index in (0, -1)]
         self.oracles = [(float64_result(case), magnitudes(case)) for case in cases]
 
     def check(self, name: str, outs: Sequence[torch.Tensor], *, bits: bool = False) -> None:
@@ -69,19 +75,13 @@ class Checks:
         befores = [self.inputs.hidden_states, outs[-2] if len(outs) > 1 else self.inputs.hidden_states]
         for which, index, before, (exact, sizes) in zip(("first", "last"), (0, -1), befores, self.oracles, strict=True):
             hidden_states, actual = before.double().cpu().numpy(), result_bits(outs[index])
-            bound = bound_of(sizes + abs(hidden_states), self.inputs.weights[0].shape[1], self.dtype, any_order=True)
-            wrongs = {"are further from float64 than their bound": outside(actual, exact + hidden_states, bound, self.dtype)}
+            bound = bound_of(sizes + abs(hidden_states), self.inputs.weights[0].shape[1], self.inputs.dtype, any_order=True)
+            wrongs = {"are further from float64 than their bound": outside(actual, exact + hidden_states, bound, self.inputs.dtype)}
             if bits:
-                wrongs["have other bits than the specification"] = actual != self._case(index, before).expected_bits()
+                wrongs["have other bits than the specification"] = actual != self.inputs.case(index, before).expected_bits()
             for what, wrong in wrongs.items():
                 if wrong.any():
                     raise CheckError(f"{name}: {wrong.sum()} of {wrong.size} elements of the {which} call {what}")
-
-    def _case(self, index: int, hidden_states: torch.Tensor) -> Case:
-        made = self.inputs
-        tensors = (hidden_states, made.attn_output, made.mlp_intermediate, made.weights[index], made.bias)
-        arrays = (tensor.float().cpu().numpy() for tensor in tensors)
-        return Case(self.dtype, *arrays)
 
 
 def check_same_bits(name: str, outs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

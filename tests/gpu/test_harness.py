@@ -4,105 +4,77 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gpu import harness, weight_writer
-from gpu.harness import RingCase, parse_output, racecheck_ring_cases, ring_cases
+from gpu.harness import parse_output
+from gpu.harness_cases import RACECHECK_CASES, REGISTERS_CASES, RING_CASES, TENSORS, HarnessCase
 from gpu.test_sanitizers import unexplained
 
-from mlpdown.bench import yardstick
-from mlpdown.bench.cuda_program import compile_cuda
+from mlpdown.bench import read_only
 from mlpdown.jit import BuildError
-from mlpdown.plan import (
-    CLUSTER_SIZES,
-    H200,
-    NUM_LANES,
-    NUM_SEGMENTS,
-    VECTOR_SIZE,
-    VECTORS_IN_REGISTERS,
-    check_plan,
-    instantiation,
-    shared_memory_bytes,
-)
+from mlpdown.jit.program import compile_cuda
+from mlpdown.plan import CLUSTER_SIZES, H200, Plan, check_plan, shared_memory_bytes
 
 NUM_PARTIAL_SLOTS = 16
 THREADS_PER_SM = 2048
-MIB = 2**20
+RESERVED_BYTES_PER_CTA = 1024
 
 
-def most_ctas_per_sm(case: RingCase) -> int:
-    """By shared memory and threads; registers may leave fewer."""
-    reserved = 1024  # of shared memory, for each CTA
-    by_memory = (H200.shared_memory_per_block + reserved) // (shared_memory_bytes(case.plan, case.intermediate_dim) + reserved)
-    return min(by_memory, THREADS_PER_SM // (32 * (2 + case.plan.num_consumer_warps)))
-
-
-def fewest_tiles(case: RingCase) -> int:
-    """That any cluster of a launch walks on an H200."""
-    num_clusters = min(case.hidden_dim, H200.num_sms * most_ctas_per_sm(case) // case.plan.cluster_size)
-    rows = case.hidden_dim // num_clusters
+def num_passes(case: HarnessCase) -> int:
+    """The fewest stages that a cluster of a launch walks on an H200, by shared memory and threads; registers may leave more."""
+    by_memory = (H200.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // (
+        shared_memory_bytes(case.plan, case.intermediate_dim) + RESERVED_BYTES_PER_CTA
+    )
+    ctas_per_sm = min(by_memory, THREADS_PER_SM // (32 * (2 + case.plan.num_consumer_warps)))
+    rows = case.hidden_dim // min(case.hidden_dim, H200.num_sms * ctas_per_sm // case.plan.cluster_size)
     if case.plan.stagger_rows < rows:
         rows -= case.plan.stagger_rows
     return -(-rows // case.plan.rows_per_stage)
 
 
-def ring_wraps(case: RingCase) -> bool:
-    return fewest_tiles(case) > case.plan.num_stages
+def wraps(case: HarnessCase) -> bool:
+    """The ring is filled anew, and so are the slots for partial sums."""
+    return num_passes(case) > max(case.plan.num_stages, NUM_PARTIAL_SLOTS)
 
 
-def slots_wrap(case: RingCase) -> bool:
-    return fewest_tiles(case) > NUM_PARTIAL_SLOTS
-
-
-def has_ragged_lanes(case: RingCase) -> bool:
-    """Some lanes have a vector fewer than others."""
-    return case.intermediate_dim % (NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE) != 0
-
-
-def staggers(case: RingCase) -> bool:
-    return 0 < case.plan.stagger_rows < fewest_tiles(case) * case.plan.rows_per_stage
-
-
-def test_harness_cases_have_plans_that_run() -> None:
-    for case in [*ring_cases(), *racecheck_ring_cases()]:
+def test_cases_have_plans_that_run() -> None:
+    for case in (*RING_CASES, *REGISTERS_CASES, *RACECHECK_CASES):
         check_plan(case.plan, case.intermediate_dim, H200)
 
 
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
-def test_harness_wraps_ring_and_slots_in_every_cluster_size(cluster_size: int) -> None:
-    cases = [case for case in ring_cases() if case.plan.cluster_size == cluster_size and not case.plan.activation_in_registers]
-    assert any(ring_wraps(case) and slots_wrap(case) for case in cases)
+@pytest.mark.parametrize("cases", [RING_CASES, RACECHECK_CASES], ids=["all tools", "racecheck"])
+def test_ring_and_slots_wrap_in_every_kind_of_ring(cases: tuple[HarnessCase, ...]) -> None:
+    wrapping = [case.plan for case in cases if not case.plan.rows_in_registers and wraps(case)]
+    assert {plan.cluster_size for plan in wrapping} == set(CLUSTER_SIZES)
+    assert {plan.activation_in_registers for plan in wrapping} == {False, True}
+    assert any(plan.stagger_rows for plan in wrapping)
 
 
-@pytest.mark.parametrize("rows_per_stage", VECTORS_IN_REGISTERS)
-def test_harness_wraps_ring_and_slots_beside_activations_in_registers(rows_per_stage: int) -> None:
-    cases = [case for case in ring_cases() if case.plan.activation_in_registers and case.plan.rows_per_stage == rows_per_stage]
-    wrapping = [case for case in cases if ring_wraps(case) and slots_wrap(case)]
-    assert {has_ragged_lanes(case) for case in wrapping} == {False, True}
-    assert any(case.plan.num_consumer_warps == 2 * NUM_SEGMENTS for case in wrapping), "two groups of warps"
+def test_racecheck_cases_are_few() -> None:
+    assert len(RACECHECK_CASES) <= 12
+    assert all(num_passes(case) > case.plan.num_stages for case in RACECHECK_CASES if not case.plan.rows_in_registers)
 
 
-def test_harness_staggers_rings_that_are_prefetched() -> None:
-    assert any(staggers(case) and case.plan.weight_prefetch and slots_wrap(case) for case in ring_cases())
-
-
-def test_harness_has_the_most_activations_that_fit_in_registers() -> None:
-    assert max(VECTORS_IN_REGISTERS.values()) in {instantiation(case.plan, case.intermediate_dim)[2] for case in ring_cases()}
-
-
-def test_racecheck_cases_are_few_and_wrap() -> None:
-    cases = racecheck_ring_cases()
-    assert all(ring_wraps(case) for case in cases)
-    assert {case.plan.cluster_size for case in cases if slots_wrap(case)} == set(CLUSTER_SIZES)
-    assert {case.plan.activation_in_registers for case in cases if slots_wrap(case)} == {False, True}
-    assert any(staggers(case) for case in cases)
-
-
-def test_a_line_that_is_no_case_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(harness.__file__).with_name(harness.SOURCE).read_text().replace("kNoPrefetch, 1}}", "kNoPrefetch, yes}}")
-    (tmp_path / harness.SOURCE).write_text(source)
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
-    with pytest.raises(ValueError, match="not understood in kCases"):
-        harness.read_cases("kCases")
+@pytest.mark.parametrize("is_partial_sums", [False, True])
+def test_case_is_written_as_the_harness_reads_it(is_partial_sums: bool, tmp_path: Path) -> None:
+    case = HarnessCase(200, 64, "bfloat16", Plan(1, 2, 4, 3, 8), ("attn_output",), is_partial_sums)
+    case.write(tmp_path / "case", num_calls=1)
+    line, _, bits = (tmp_path / "case").read_bytes().partition(b"\n")
+    values = {name: int(value) for name, value in (word.split("=") for word in line.decode().split())}
+    assert (values["hidden_dim"], values["intermediate_dim"], values["is_bfloat16"], values["num_calls"]) == (200, 64, 1, 1)
+    assert (values["rows_per_stage"], values["num_stages"], values["dependent_launch"]) == (2, 4, 1)
+    assert values["weight_bytes"] == 200 * 64 * 2 and values["attn_output_bytes"] == 0
+    assert values["hidden_states_bytes"] == values["bias_bytes"] == (0 if is_partial_sums else 400)
+    assert len(bits) == sum(values[f"{name}_bytes"] for name in TENSORS)
+    expected = case.make()[1]
+    assert values["out_bytes"] == len(expected) == 200 * (4 if is_partial_sums else 2)
+    Path(f"{tmp_path}/case.out").write_bytes(expected)
+    assert case.num_wrong(tmp_path / "case") == 0
+    flipped = np.frombuffer(expected, np.uint8).copy()
+    flipped[-1] ^= 1
+    Path(f"{tmp_path}/case.out").write_bytes(flipped.tobytes())
+    assert case.num_wrong(tmp_path / "case") == 1
 
 
 def test_findings_of_memcheck_are_counted() -> None:
@@ -233,7 +205,7 @@ def test_compile_error_of_a_test_program_names_the_first_error(tmp_path: Path, m
     assert not list((tmp_path / "cache").glob("*.program"))
 
 
-@pytest.mark.parametrize(("name", "files"), [("yardstick", yardstick.source_files()), ("weight-writer", weight_writer.source_files())])
+@pytest.mark.parametrize(("name", "files"), [("read-only", read_only.source_files()), ("weight-writer", weight_writer.source_files())])
 def test_small_programs_compile(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLPDOWN_CACHE_DIR", str(tmp_path / "cache"))
     library = compile_cuda(name, files, list(files), shared=True, built_targets=("sm_90",))
