@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import torch_backend
 from .inputs import Layer
 
-# The three calls that a model makes.
-torch_layer: Layer = functools.partial(torch_backend.run, out=None)
+def torch_layer(hidden: Tensor, attn_output: Tensor, activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The three calls that a model makes: backend ``torch`` without its checks, which a model does not make."""
+    return F.linear(activation, weight, bias) + attn_output + hidden
 
 
 def multiply_and_sum(hidden: Tensor, attn_output: Tensor, activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

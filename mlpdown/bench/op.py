@@ -128,7 +128,7 @@ def _print(content: Content, num_rounds: int) -> None:
     for result in results[: MAX_DETAILED if len(results) <= MAX_DETAILED else len(TORCH_DTYPES)]:
         console.print(detail_table(result, num_rounds))
     if content["steady_read"]:
-        console.print(summary_table(content))
+        console.print(summary_table(content, console.width))
         print(f"{content['machine']['gpu']}: steady read {steady_rate(content):.2f} TB/s")
     labels: dict[str, list[str]] = {}
     for result in results:

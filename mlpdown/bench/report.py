@@ -30,6 +30,7 @@ Content = dict[str, Any]
 
 SCHEMA_VERSION = 1
 LOG_COLUMNS = 180
+WIDE_COLUMNS = 140
 COMPILED_BASELINES = ("compile_multiply_and_sum", "compile_default", "compile_max_autotune")
 SUMMARY = ("read_only", "native_chained_prefetch", "native_chained", "native_isolated", "torch_graph", "compiled")
 # In the order in which they are shown.
@@ -79,7 +80,7 @@ def new_table(title: str, *headings: str, **options: Any) -> Table:
 
 def detail_table(result: Content, num_rounds: int) -> Table:
     """Every candidate of one shape and dtype."""
-    title = f"{label_of(result)}: us a call, {num_rounds} rounds of {result['num_calls']} calls, each over a weight of its own"
+    title = f"{label_of(result)}: us a call, {num_rounds} rounds of {result['num_calls']} calls"
     table = new_table(title, "candidate", "median", "quartiles", "over\nfloor", "over native\nchained / isolated")
     if result["floor_us"] is not None:
         table.add_row(f"floor: {result['weight_bytes'] / 1e6:.2f} MB, steady read", f"{result['floor_us']:.2f}", "", "1.00")
@@ -92,14 +93,17 @@ def detail_table(result: Content, num_rounds: int) -> Table:
     return table
 
 
-def summary_table(content: Content) -> Table:
-    """One row a shape and dtype."""
-    headings = ("shape", "floor", "read only", "chained,\nprefetch", "chained", "isolated", "PyTorch", "best\ncompiled")
-    title = "us a call (over floor); last: over native chained, prefetch / isolated, so above 1 native is faster"
-    table = new_table(title, *headings, "PyTorch\nover native", "compiled\nover native")
+def summary_table(content: Content, width: int) -> Table:
+    """A row a shape and dtype, of several lines where ``width`` is small."""
+    headings = ("shape", "floor", "read\nonly", "chained,\nprefetch", "chained", "iso-\nlated", "PyTorch", "best\ncom-\npiled")
+    title = "us a call (over floor); over native: over chained, prefetch / isolated"
+    ratios = ("PyTorch\nover\nnative", "compiled\nover\nnative")
+    options = {"padding": 0, "caption": "Above 1 native is faster.", "caption_justify": "left"}
+    table = new_table(title, *headings, *ratios, **options)
     for result in content["results"]:
         ratios = (over_native(median_of(result, name), result) for name in SUMMARY[-2:])
-        table.add_row(label_of(result), *summary_cells(result), *ratios)
+        cells = [label_of(result), *summary_cells(result), *ratios]
+        table.add_row(*(cell if width >= WIDE_COLUMNS else cell.replace(" / ", " /\n").replace(" (", "\n(") for cell in cells))
     return table
 
 

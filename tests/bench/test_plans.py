@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import random
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import mlpdown
 from mlpdown import native_backend
 from mlpdown.accuracy import CheckError
 from mlpdown.bench import plans
+from mlpdown.bench.inputs import Inputs
 from mlpdown.bench.shapes import PYTHIA_2B8, SHAPES, SHORT_SHAPES, Shape
 from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
 
@@ -31,10 +31,9 @@ class PlayedGraph:
     def __init__(self, work: functools.partial[list[torch.Tensor]]) -> None:
         self.plan: Plan = work.args[0].keywords["plan"]
         self.outs = work()
-        self.was_replayed = False
 
     def replay(self) -> None:
-        self.was_replayed = True
+        """Nothing to do again."""
 
 
 def play_layer(plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
@@ -43,12 +42,11 @@ def play_layer(plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
     return mlpdown.run(*tensors, backend="numba")
 
 
-def play_times(graphs: Mapping[Any, PlayedGraph], num_rounds: int, num_calls: int) -> dict[Any, list[float]]:
+def play_times(replays: Mapping[Any, Any], clock: object, num_rounds: int, num_calls: int) -> dict[Any, list[float]]:
     """The fastest plan takes 10 us chained and 20 isolated, every other one more, with noise in it."""
     times = {}
-    for name, graph in graphs.items():
-        assert graph.was_replayed, "checked before it is timed"
-        plan = graph.plan
+    for name, replay in replays.items():
+        plan = replay.__self__.plan
         generator = random.Random(repr(plan))
         is_fastest = all(getattr(plan, member) == value for member, value in FASTEST.items())
         center = (10.0 if is_fastest else 12.0 + generator.random()) + (0.0 if plan.weight_prefetch else 10.0)
@@ -59,10 +57,9 @@ def play_times(graphs: Mapping[Any, PlayedGraph], num_rounds: int, num_calls: in
 @pytest.fixture
 def played_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(plans, "Captured", PlayedGraph)
-    monkeypatch.setattr(plans, "time_replays", play_times)
+    monkeypatch.setattr(plans, "time_rounds", play_times)
     monkeypatch.setattr(plans, "native_layer", played_layer(play_layer))
     monkeypatch.setattr(native_backend, "device_properties", lambda index: H200)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=0))
     return monkeypatch
 
 
@@ -70,13 +67,13 @@ def played_layer(layer: Callable[..., torch.Tensor]) -> Callable[[Plan], functoo
     return lambda plan: functools.partial(lambda *tensors, plan: layer(plan, *tensors), plan=plan)
 
 
-def sweep(seconds: float = 1000.0) -> list[dict[str, Any]]:
-    return plans.sweep(TINY, torch.float16, CPU, seconds, 2, 0, lambda text: None)
+def sweep(seconds: float = 1000.0) -> tuple[list[dict[str, Any]], int]:
+    return plans.sweep(Inputs(TINY, torch.float16, CPU, 2, seed=0), seconds, 0, lambda text: None)
 
 
 def test_sweep_finds_the_fastest_plan_and_says_which_one_is_chosen_now(played_gpu: pytest.MonkeyPatch) -> None:
-    rows = sweep()
-    assert len(rows) >= plans.num_in_grid(TINY, CPU)
+    rows, num_plans = sweep()
+    assert len(rows) == num_plans
     best = rows[0]
     assert {name: best["plan"][name] for name in FASTEST} == FASTEST
     final = [row for row in rows if row["is_final"]]
@@ -103,13 +100,13 @@ def test_plan_that_changes_a_bit_is_never_timed(played_gpu: pytest.MonkeyPatch) 
 
 
 def test_sweep_without_time_has_the_chosen_plans_alone(played_gpu: pytest.MonkeyPatch) -> None:
-    rows = sweep(seconds=0.0)
+    rows, _ = sweep(seconds=0.0)
     assert rows and all(row["is_chosen"] and row["is_final"] for row in rows)
 
 
 def test_table_fits_a_terminal_of_80_columns(played_gpu: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    Console(file=text, width=80).print(plans.table(sweep(), "title", 8.0))
+    Console(file=text, width=80).print(plans.table(sweep()[0], "title", 8.0))
     lines = text.getvalue().splitlines()
     first = next(line for line in lines if line.startswith("chained 1"))
     assert first.split()[2:5] == ["1", "2", "8"]
@@ -121,17 +118,17 @@ def test_table_fits_a_terminal_of_80_columns(played_gpu: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("device", [H200, RTX_5090], ids=lambda device: device.name)
 @pytest.mark.parametrize("shape", [*SHAPES, *SHORT_SHAPES], ids=str)
 def test_plans_of_the_grid_run_and_are_few_enough(shape: Shape, device: Device) -> None:
-    grid = plans.grid(shape, device)
+    grid = plans.grid(shape.intermediate_dim, device)
     assert len(set(grid)) == len(grid) <= 3000
     for plan in grid:
         check_plan(plan, shape.intermediate_dim, device)
 
 
 def test_grid_varies_what_a_ring_has() -> None:
-    rings = [plan for plan in plans.grid(PYTHIA_2B8, H200) if not plan.rows_in_registers]
+    rings = [plan for plan in plans.grid(PYTHIA_2B8.intermediate_dim, H200) if not plan.rows_in_registers]
     assert {plan.cluster_size for plan in rings} == {1, 2, 4}
     assert {plan.activation_in_registers for plan in rings} == {False, True}
-    short = [plan for plan in plans.grid(SHORT_SHAPES[0], H200) if not plan.rows_in_registers]
+    short = [plan for plan in plans.grid(SHORT_SHAPES[0].intermediate_dim, H200) if not plan.rows_in_registers]
     assert {plan.cluster_size for plan in short} == {1}, "rows of 5 KB are not split"
     fewest_warps = min(plan.num_consumer_warps for plan in short)
     assert {plan.num_consumer_warps // fewest_warps for plan in short} >= {1, 2}, "groups of warps"
