@@ -1,10 +1,12 @@
-"""Time, taken in turns: every round runs each candidate once, so that a clock that drifts drifts for all of them alike."""
+"""Time: taken in turns, so that a clock that drifts drifts for all candidates alike; and limits of it."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -73,15 +75,34 @@ class Clock:
         return time.perf_counter()
 
 
-def time_rounds(
-    candidates: Mapping[Key, Callable[[], object]], clock: Clock, num_rounds: int, num_calls: int
-) -> dict[Key, list[float]]:
+def time_rounds(candidates: Mapping[Key, Callable[[], object]], clock: Clock, num_rounds: int, num_calls: int) -> dict[Key, list[float]]:
     """Microseconds a call, of which each candidate makes ``num_calls``; one sample a round."""
     names = list(candidates)
-    order = [names[(round_idx + position) % len(names)] for round_idx in range(NUM_WARM_UP_ROUNDS + num_rounds) for position in range(len(names))]
+    shifts = [round_idx % len(names) for round_idx in range(NUM_WARM_UP_ROUNDS + num_rounds)]
+    order = [name for shift in shifts for name in names[shift:] + names[:shift]]
     for name in order:
         clock.time(candidates[name])
     samples: dict[Key, list[float]] = {name: [] for name in names}
     for name, milliseconds in list(zip(order, clock.milliseconds(), strict=True))[NUM_WARM_UP_ROUNDS * len(names) :]:
         samples[name].append(1e3 * milliseconds / num_calls)
     return samples
+
+
+class TimeLimitExpired(BaseException):
+    """Not an Exception: the compiler catches those, and goes on with something slower."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitExpired in the body once it has run for so long. For the main thread, the only one that signals reach."""
+
+    def expire(_number: int, _frame: object) -> None:
+        raise TimeLimitExpired(f"not done in {seconds:.1f} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,8 +2,8 @@
 
 The JSON is one object: ``benchmark`` ("e2e"), ``schema_version``; ``machine``; ``model``, ``dtype``, ``device``, ``settings``; the checks
 ``logits`` and ``tokens`` (:mod:`mlpdown.bench.e2e_check`); ``rows``, one a mode and length (:func:`mlpdown.bench.e2e_timing.row`);
-``passes``, one a decode that was timed, with its pairs [end, num_steps, stock_ms, patched_ms]; ``build_seconds`` and ``calls_of_op``, by mode
-and cache; ``not_run`` and ``failed``: why anything was left out, and what went wrong.
+``passes``, one a decode that was timed, with its pairs [end, num_steps, stock_ms, patched_ms]; ``build_seconds`` and ``calls_of_op``, by
+mode and cache; ``not_run`` and ``failed``: why anything was left out, and what went wrong.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ import mlpdown
 from .. import arguments as argument_types
 from .. import machine, native_backend
 from ..accuracy import CheckError
+from ..gpt_neox import SIZES, LoopModel, load, random_model, twin
 from ..json_lines import write_json
 from ..plan import RING_COMPUTE_CAPABILITY, choose_plan
-from ..timing import Clock
-from .baselines import TimeLimitExpired, first_line, time_limit, torch_layer
+from ..plot import plot_decoding, require_matplotlib
+from ..tables import new_console
+from ..timing import Clock, TimeLimitExpired, time_limit
+from .baselines import described, torch_layer
 from .e2e_check import Oracle
 from .e2e_decode import Decoder, EagerDecoder, StaticDecoder, forced_logits, has_inductor_pdl
-from .e2e_loop import LoopModel
-from .e2e_models import SIZES, load, random_model, twin
 from .e2e_timing import SCHEMA_VERSION, mode_label, row, table, time_in_turns, time_lengths
-from .plot import plot_decoding, require_matplotlib
-from .report import new_console
 
 # With a static cache: a CUDA graph of the model as it comes, or compiled, or compiled with dependent launch.
 STATIC_MODES = ("graph", "compile", "compile-pdl")
@@ -47,15 +46,14 @@ CACHE_GRANULARITY = 16
 # Attention reads all of a static cache, and few tokens need a small one: lengths up to this have a cache of their own.
 SHORT_TOKENS = 256
 NUM_ESTIMATE_STEPS = 8
-# After a mode's longest decode, its shorter ones are repeated for at most so long: every mode is to have its turn.
-REPEAT_SECONDS = 30.0
 # A compiler that takes longer, for both models together, is given up.
 BUILD_LIMIT_SECONDS = 240.0
+NATIVE_OP = "mlpdown::mlp_down"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlpdown bench e2e``."""
-    add, path = parser.add_argument, {"type": argument_types.output_file, "metavar": "PATH"}
+    add, path = parser.add_argument, dict[str, Any](type=argument_types.output_file, metavar="PATH")
     add("--model", help="a GPT-NeoX checkpoint, folder or hub name; default: random weights of --size")
     add("--size", choices=SIZES, help="size of random weights (2.8b on a GPU, tiny without)")
     add("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -76,17 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the benchmark. Returns 0; 1 if a mode failed or computes something wrong, or none could run; 2 for arguments that do not go
-    together."""
+    together or need what this machine lacks."""
     try:
         bench = Benchmark(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"mlpdown bench e2e: {error}", file=sys.stderr)
-        return 2
-    try:
         bench.run()
-    except CheckError as error:
+    except (ValueError, OSError, CheckError) as error:
         print(f"mlpdown bench e2e: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, CheckError) else 2
     return 1 if bench.content["failed"] or not bench.content["rows"] else 0
 
 
@@ -94,23 +88,35 @@ class Benchmark:
     """One run of the command: one model, stock and patched, checked and timed in every mode.
 
     Not one model that is patched and unpatched between blocks: each keeps what Python and the compiler know of its classes.
-
-    Raises:
-        ValueError, RuntimeError, OSError: the arguments do not go together, or need what this machine lacks.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.begin, self.arguments = time.perf_counter(), arguments
+        """Raises ValueError if the arguments do not go together, or need what this machine lacks; OSError if there is no such model."""
+        self.begin, self.arguments, self.modes = time.perf_counter(), arguments, arguments.modes.split(",")
         self.device = machine.current_device(arguments.device)
         self.on_cuda = self.device.type == "cuda"
-        self.modes = arguments.modes.split(",")
+        lengths = (arguments.tokens or ",".join(str(2**power) for power in range(4, 12 if self.on_cuda else 7))).split(",")
         backends, taken = mlpdown.backends(), arguments.backend
         if taken == "auto":
             taken = "native" if self.on_cuda and backends["native"].available else "torch"
-        self.check_arguments(backends.get(taken))
+        reason = "there is none of that name" if taken not in backends else "" if backends[taken].available else backends[taken].reason
+        refusals = {
+            f"--tokens must be positive numbers with commas, got {arguments.tokens!r}": not all(w.isdecimal() and int(w) for w in lengths),
+            f"--modes must be some of {','.join(MODES)}, got {arguments.modes!r}": not set(self.modes) <= set(MODES),
+            f"--model and --size exclude each other, got {arguments.model} and {arguments.size}": arguments.model and arguments.size,
+            f"--plot must end in .svg or .png, got {arguments.plot}": arguments.plot and arguments.plot.suffix not in (".svg", ".png"),
+            "transformers 4.57 or newer is needed: pip install transformers": importlib.util.find_spec("transformers") is None,
+            f"backend {taken!r} cannot run here: {reason}": reason,
+        }
+        for refusal, holds in refusals.items():
+            if holds:
+                raise ValueError(refusal)
+        if arguments.plot:
+            require_matplotlib()
+        self.lengths = sorted(map(int, lengths))
         size, dtype = arguments.size or ("2.8b" if self.on_cuda else "tiny"), getattr(torch, arguments.dtype)
         self.model: Any = load(arguments.model, dtype, self.device) if arguments.model else None
-        self.model = self.model or random_model(size, dtype, self.device, arguments.seed)
+        self.model = self.model or random_model(SIZES[size], dtype, self.device, arguments.seed)
         config, generator = self.model.config, torch.Generator().manual_seed(arguments.seed)
         self.prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH), generator=generator).to(self.device)
         settings = {"backend": arguments.backend, "weight_prefetch": arguments.weight_prefetch}
@@ -118,49 +124,23 @@ class Benchmark:
         patch = mlpdown.patch(self.patched_model, **settings)
         ops = (torch_layer, functools.partial(mlpdown.run, **settings))
         self.loops = [LoopModel(self.model, positions(self.lengths[-1]), op) for op in ops]
-        facts = {**settings, "backend_taken": taken, "prompt_length": PROMPT_LENGTH}
-        self.expected_calls = None
+        facts, self.expected_calls = {**settings, "backend_taken": taken, "prompt_length": PROMPT_LENGTH}, None
         if self.on_cuda and taken == "native":
-            self.expected_calls = {"mlpdown::mlp_down": config.num_hidden_layers}
+            self.expected_calls = {NATIVE_OP: config.num_hidden_layers}
             sizes = config.hidden_size, config.intermediate_size, native_backend.device_properties(self.device.index)
             facts["plan"] = dataclasses.asdict(choose_plan(*sizes, weight_prefetch=arguments.weight_prefetch))
         made_on = {**machine.describe(arguments.commit), "transformers": importlib.metadata.version("transformers")}
         label = arguments.model or f"GPT-NeoX {size} (random weights)"
-        device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else "CPU"
         self.content: dict[str, Any] = {"benchmark": "e2e", "schema_version": SCHEMA_VERSION, "machine": made_on, "model": label}
-        self.content |= {"dtype": arguments.dtype, "device": device_name, "settings": facts, "logits": [], "tokens": [], "rows": []}
-        self.content |= {"passes": [], "build_seconds": {}, "calls_of_op": {}, "not_run": [], "failed": []}
-        self.say(f"{label}, {arguments.dtype}, {device_name}: {patch}, backend {taken}")
+        self.content |= {"dtype": arguments.dtype, "device": made_on["gpu"] if self.on_cuda else "CPU", "settings": facts, "logits": []}
+        self.content |= {"tokens": [], "rows": [], "passes": [], "build_seconds": {}, "calls_of_op": {}, "not_run": [], "failed": []}
+        self.say(f"{label}, {arguments.dtype}, {self.content['device']}: {patch}, backend {taken}")
         if taken != arguments.backend and taken == "torch":
             self.say(f"native is not taken: {backends['native'].reason}")
 
-    def check_arguments(self, status: Any) -> None:
-        arguments, lengths = self.arguments, self.arguments.tokens
-        lengths = lengths.split(",") if lengths else [str(2**power) for power in range(4, 12 if self.on_cuda else 7)]
-        for length in lengths:
-            if not length.isdecimal() or int(length) < 1:
-                raise ValueError(f"--tokens must be positive numbers with commas, got {length!r}")
-        self.lengths = sorted(map(int, lengths))
-        if not set(self.modes) <= set(MODES):
-            raise ValueError(f"--modes must be some of {','.join(MODES)}, got {arguments.modes!r}")
-        if arguments.model and arguments.size:
-            raise ValueError(f"--model and --size exclude each other, got {arguments.model} and {arguments.size}")
-        if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
-            raise ValueError(f"--plot must end in .svg or .png, got {arguments.plot}")
-        if arguments.plot:
-            require_matplotlib()
-        if importlib.util.find_spec("transformers") is None:
-            raise RuntimeError("transformers 4.57 or newer must be installed for this benchmark: pip install transformers")
-        if status is None or not status.available:
-            reason = status.reason if status else "there is none of that name"
-            raise RuntimeError(f"backend {arguments.backend!r} cannot run here: {reason}")
-
     def run(self) -> None:
-        """Check, then time mode by mode; what is known is written after each.
-
-        Raises:
-            CheckError: the patched model's logits are wrong. What fails later costs only its own mode.
-        """
+        """Check the logits (CheckError if they are wrong), then time mode by mode; what fails there costs only its own mode. What is known
+        is written after each."""
         decoder = EagerDecoder(self.model, self.prompt)
         decoder.rewind()
         for _ in range(NUM_CHECKED_TOKENS - 1):
@@ -179,14 +159,16 @@ class Benchmark:
                 self.content["not_run"] += [f"{what}: {reason}"] if reason else []
             except (Exception, TimeLimitExpired) as error:  # noqa: BLE001 - whatever it is, the modes that are left may run
                 traceback.print_exc()
-                self.content["failed"].append(f"{what}: {type(error).__name__}: {first_line(error)}")
+                self.content["failed"].append(f"{what}: {described(error)}")
             gc.collect()
-            self.write()
-        if self.content["rows"]:
-            new_console().print(table(self.content))
+            if self.arguments.json:
+                write_json(self.arguments.json, self.content)
         for line in [f"not run: {line}" for line in self.content["not_run"]] + [f"FAILED: {line}" for line in self.content["failed"]]:
             self.say(line)
-        self.write()
+        if self.content["rows"]:
+            new_console().print(table(self.content))
+            if self.arguments.plot:
+                plot_decoding(self.content, self.arguments.plot)
 
     def stages(self) -> list[tuple[str, list[int]]]:
         """Modes and lengths in the order in which they run: what takes long to build and says least new comes last."""
@@ -205,33 +187,28 @@ class Benchmark:
         if mode == "compile-pdl" and not (self.on_cuda and torch.cuda.get_device_capability(self.device) >= RING_COMPUTE_CAPABILITY):
             return "dependent launch needs a GPU of compute capability 9.0 or newer"
         label = mode_label(mode, cache_length)
-        before = [sum(seconds) for name, seconds in self.content["build_seconds"].items() if name.split(",")[0] == mode]
-        if self.seconds_left() <= max(before, default=0.0):
-            return f"{max(self.seconds_left(), 0.0):.0f} s are left of --seconds, building takes {max(before, default=0.0):.0f} s"
-        stock, patched = self.build(mode, cache_length, label)
+        needed = max((sum(spent) for name, spent in self.content["build_seconds"].items() if name.split(",")[0] == mode), default=0.0)
+        if self.seconds_left() <= needed:
+            return f"{max(self.seconds_left(), 0.0):.0f} s are left of --seconds, building takes {needed:.0f} s"
+        decoders = stock, patched = self.build(mode, cache_length, label)
         check = self.oracle.check_tokens(label, stock, patched, NUM_CHECKED_TOKENS)
         self.content["tokens"].append(check)
-        calls = {"stock": stock.calls_of_op(), "patched": patched.calls_of_op()}
-        self.content["calls_of_op"][label] = calls
+        self.content["calls_of_op"][label] = calls = {"stock": stock.calls_of_op(), "patched": patched.calls_of_op()}
         if calls["stock"] or (self.expected_calls and calls["patched"] != self.expected_calls):
             raise CheckError(f"{label}: a step calls {calls}, should be none and {self.expected_calls}")
-        kind = "device" if self.on_cuda and mode in STATIC_MODES else "wall"
-        new_clock = functools.partial(Clock, self.device, kind)
+        new_clock = functools.partial(Clock, self.device, "device" if self.on_cuda and mode in STATIC_MODES else "wall")
         for _ in range(2):  # once to be warm
-            pairs = time_in_turns(stock, patched, [NUM_ESTIMATE_STEPS], new_clock())
+            pairs = time_in_turns(decoders, [NUM_ESTIMATE_STEPS], new_clock())
         estimate = max(pair.stock_ms + pair.patched_ms for pair in pairs) / 1e3
         fitting = [length for length in lengths if length * estimate <= self.seconds_left()]
         if fitting:
-
-            def may_repeat(length: int, seconds: float) -> bool:
-                return length * estimate <= min(self.seconds_left(), REPEAT_SECONDS - seconds)
-
-            passes = time_lengths(stock, patched, fitting, new_clock, self.arguments.pairs, may_repeat)
+            passes = time_lengths(decoders, fitting, new_clock, self.arguments.pairs, estimate, self.seconds_left)
             self.content["passes"] += [{"mode": mode, "cache_length": cache_length, "pairs": pairs} for pairs in passes]
             rows = [row(mode, cache_length, length, passes) for length in fitting]
             self.content["rows"] = sorted(self.content["rows"] + rows, key=lambda row: MODES.index(row["mode"]))
             ratio = "{median:.3f} ({low:.3f} to {high:.3f})".format(**rows[-1]["ratio"])
-            self.say(f"{label}: {check['num_alike']} of {NUM_CHECKED_TOKENS} tokens alike; PyTorch over mlpdown to {fitting[-1]} tokens: {ratio}")
+            alike = f"{check['num_alike']} of {NUM_CHECKED_TOKENS} tokens alike"
+            self.say(f"{label}: {alike}; PyTorch over mlpdown to {fitting[-1]} tokens: {ratio}")
         if fitting == lengths:
             return None
         shortest = lengths[len(fitting)]
@@ -250,7 +227,6 @@ class Benchmark:
                 begin = time.perf_counter()
                 decoders.append(StaticDecoder(model, self.prompt, cache_length, **options))
                 seconds.append(round(time.perf_counter() - begin, 1))
-        self.say(f"{label}: built in {seconds[0]} s (PyTorch) and {seconds[1]} s (patched)")
         return decoders
 
     def seconds_left(self) -> float:
@@ -259,14 +235,7 @@ class Benchmark:
     def say(self, text: str) -> None:
         print(f"{time.perf_counter() - self.begin:6.1f} s  {text}", flush=True)  # at once, for whoever follows a log
 
-    def write(self) -> None:
-        if self.arguments.json:
-            write_json(self.arguments.json, self.content)
-        if self.arguments.plot and self.content["rows"]:
-            plot_decoding(self.content, self.arguments.plot)
-
 
 def positions(num_tokens: int) -> int:
     """Positions of a cache for the prompt and ``num_tokens``, rounded up to what fast attention kernels like."""
-    needed = PROMPT_LENGTH + max(num_tokens, NUM_CHECKED_TOKENS) + 1
-    return -(-needed // CACHE_GRANULARITY) * CACHE_GRANULARITY
+    return -(-(PROMPT_LENGTH + max(num_tokens, NUM_CHECKED_TOKENS) + 1) // CACHE_GRANULARITY) * CACHE_GRANULARITY

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 
+from ..gpt_neox import LoopModel
 from ..timing import Captured
-from .e2e_loop import LoopModel
 
 # What graphs and compilers need to see before they are captured or settled.
 NUM_WARMUP_STEPS = 3
@@ -25,15 +26,13 @@ class EagerDecoder:
     """A Python loop over the model's own forward with the cache that grows, or over a :class:`LoopModel`."""
 
     def __init__(self, model: Any, prompt: torch.Tensor) -> None:
-        self.model, self.prompt = model, prompt
-        self.is_loop = isinstance(model, LoopModel)
+        self.model, self.prompt, self.is_loop = model, prompt, isinstance(model, LoopModel)
 
     @torch.inference_mode()
     def feed(self, tokens: torch.Tensor, *, rewinds: bool = False) -> torch.Tensor:
         """Logits ``[1, num_tokens, vocabulary]`` after the tokens that were fed before, or after none."""
         if rewinds:
-            self.position = 0
-            self.keywords = {} if self.is_loop else _cache_keywords(self.model, "DynamicCache")
+            self.position, self.keywords = 0, {} if self.is_loop else _cache_keywords(self.model, "DynamicCache")
         logits = self.model(tokens, self.position) if self.is_loop else self.model(tokens, **self.keywords).logits
         self.position += tokens.shape[1]
         return logits
@@ -71,7 +70,7 @@ class StaticDecoder:
             self.first_token = model(prompt, **self.keywords, **self._at(positions)).logits[:, -1:].argmax(-1)
         self.rewind()
         self.step: Callable[[], None] = self._decode
-        setting = torch._inductor.config.patch({"triton.enable_pdl": pdl}) if has_inductor_pdl() else contextlib.nullcontext()
+        setting = inductor.patch({"triton.enable_pdl": pdl}) if has_inductor_pdl() else contextlib.nullcontext()
         with setting:  # whatever the environment says; the first call compiles
             if graph:
                 self.step = Captured(self._decode, self._warm_up).replay
@@ -127,9 +126,7 @@ def forced_logits(model: Any, prompt: torch.Tensor, continuation: torch.Tensor) 
 
 def has_inductor_pdl() -> bool:
     """Whether this torch's compiler knows programmatic dependent launch."""
-    import torch._inductor.config
-
-    return hasattr(torch._inductor.config.triton, "enable_pdl")
+    return hasattr(inductor.triton, "enable_pdl")
 
 
 def calls_of_op(step: Callable[[], object]) -> dict[str, int]:
@@ -147,5 +144,4 @@ def _cache_keywords(model: Any, name: str, **options: Any) -> dict[str, Any]:
 
     # transformers 5.24 renamed the argument.
     is_new = "cache" in inspect.signature(type(model).forward).parameters
-    cache = getattr(transformers, name)(config=model.config, **options)
-    return {"cache" if is_new else "past_key_values": cache, "use_cache": True}
+    return {"cache" if is_new else "past_key_values": getattr(transformers, name)(config=model.config, **options), "use_cache": True}

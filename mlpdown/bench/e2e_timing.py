@@ -11,18 +11,19 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from ..tables import new_table
 from ..timing import Clock, median, quartiles
 from .e2e_decode import Decoder
-from .report import new_table
 
 SCHEMA_VERSION = 2
 # Long enough for an event or a clock (a millisecond a step and more), short enough for the host to stay as it is.
 STEPS_PER_BLOCK = 4
+REPEAT_SECONDS = 30.0  # for the shorter lengths of a mode, together: every mode is to have its turn
 # Of fewer, no interval holds the median with 95 %: it is from the least to the largest of all.
 FEWEST_PAIRS = 6
 
@@ -36,10 +37,13 @@ class Pair(NamedTuple):
     patched_ms: float
 
 
-def time_in_turns(stock: Decoder, patched: Decoder, lengths: list[int], clock: Clock, stock_first: bool = True) -> list[Pair]:
+Decoders = Sequence[Decoder]  # stock and patched
+
+
+def time_in_turns(decoders: Decoders, lengths: list[int], clock: Clock, stock_first: bool = True) -> list[Pair]:
     """Decode from the prompt to the last of ``lengths`` tokens with both; a block ends at each length. ``clock`` is a new one."""
-    stock.rewind()
-    patched.rewind()
+    for decoder in decoders:
+        decoder.rewind()
     ends = sorted({*range(STEPS_PER_BLOCK, lengths[-1] + 1, STEPS_PER_BLOCK), *lengths})
     sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
     orders = [1 if (index % 2 == 0) == stock_first else -1 for index in range(len(ends))]
@@ -47,38 +51,27 @@ def time_in_turns(stock: Decoder, patched: Decoder, lengths: list[int], clock: C
     gc.disable()  # it would run in one half of a pair
     try:
         for num_steps, order in zip(sizes, orders, strict=True):
-            for decoder in (stock, patched)[::order]:
+            for decoder in decoders[::order]:
                 clock.time(functools.partial(_steps, decoder, num_steps))
     finally:
         if collected:
             gc.enable()
     times = clock.milliseconds()
-    halves = zip(times[::2], times[1::2], strict=True)
-    return [
-        Pair(end, num_steps, *(ms / num_steps for ms in pair[::order]))
-        for end, num_steps, order, pair in zip(ends, sizes, orders, halves, strict=True)
-    ]
+    blocks = zip(ends, sizes, orders, zip(times[::2], times[1::2], strict=True), strict=True)
+    return [Pair(end, num_steps, *(ms / num_steps for ms in halves[::order])) for end, num_steps, order, halves in blocks]
 
 
 def time_lengths(
-    stock: Decoder,
-    patched: Decoder,
-    lengths: list[int],
-    new_clock: Callable[[], Clock],
-    num_pairs: int,
-    may_repeat: Callable[[int, float], bool],
+    decoders: Decoders, lengths: list[int], new_clock: Callable[[], Clock], num_pairs: int, step_seconds: float, left: Callable[[], float]
 ) -> list[list[Pair]]:
-    """Decode once to the longest of ``lengths`` (ascending), then to each shorter one until it has ``num_pairs`` pairs.
-
-    ``may_repeat`` is asked, with the length and the seconds that repeats have taken, before a decode that is not needed for a row.
-    """
-    passes = [time_in_turns(stock, patched, lengths, new_clock())]
-    begin = time.perf_counter()
+    """Decode once to the longest of ``lengths`` (ascending), then to each shorter one until it has ``num_pairs`` pairs, or until that would
+    take longer than there are seconds ``left``; ``step_seconds``: of a token with both."""
+    passes, begin = [time_in_turns(decoders, lengths, new_clock())], time.perf_counter()
     for position in reversed(range(len(lengths))):
         while sum(map(len, within(passes, lengths[position]))) < num_pairs:
-            if not may_repeat(lengths[position], time.perf_counter() - begin):
+            if lengths[position] * step_seconds > min(left(), REPEAT_SECONDS - (time.perf_counter() - begin)):
                 break
-            passes.append(time_in_turns(stock, patched, lengths[: position + 1], new_clock(), len(passes) % 2 == 0))
+            passes.append(time_in_turns(decoders, lengths[: position + 1], new_clock(), len(passes) % 2 == 0))
     return passes
 
 
@@ -92,13 +85,11 @@ def row(mode: str, cache_length: int | None, num_tokens: int, passes: list[list[
     ratios are stock over patched, so above 1 the patched model is faster."""
     cut = within(passes, num_tokens)
     pairs = [pair for one in cut for pair in one]
-    totals = [sum(pair.num_steps * pair[column] for pair in pairs) / len(cut) for column in (2, 3)]
-    return {
-        **{"mode": mode, "cache_length": cache_length, "num_tokens": num_tokens, "num_pairs": len(pairs)},
-        **{name: estimate([getattr(pair, name) for pair in pairs]) for name in ("stock_ms", "patched_ms")},
-        "ratio": estimate([pair.stock_ms / pair.patched_ms for pair in pairs]),
-        **{"total_stock_ms": totals[0], "total_patched_ms": totals[1], "total_ratio": totals[0] / totals[1]},
-    }
+    stock, patched = (sum(pair.num_steps * pair[column] for pair in pairs) / len(cut) for column in (2, 3))
+    found: dict[str, Any] = {"mode": mode, "cache_length": cache_length, "num_tokens": num_tokens, "num_pairs": len(pairs)}
+    found |= {name: estimate([getattr(pair, name) for pair in pairs]) for name in ("stock_ms", "patched_ms")}
+    found["ratio"] = estimate([pair.stock_ms / pair.patched_ms for pair in pairs])
+    return {**found, "total_stock_ms": stock, "total_patched_ms": patched, "total_ratio": stock / patched}
 
 
 def estimate(samples: list[float]) -> dict[str, Any]:

@@ -7,17 +7,15 @@ weights together exceed the L2 cache three times, so that every call finds its w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..accuracy import CheckError, bound_of, float64_result, magnitudes, outside
 from ..cases import Case
 from ..check import result_bits
+from .baselines import Layer
 from .shapes import Shape
-
-Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""``(hidden_states, attn_output, mlp_intermediate, weight, bias) -> out``."""
 
 MINIMUM_CALLS = 32
 TIMES_L2 = 3
@@ -57,8 +55,7 @@ class Inputs:
     def case(self, index: int, hidden_states: torch.Tensor) -> Case:
         """A call in the form that the specification and the oracle take."""
         tensors = (hidden_states, self.attn_output, self.mlp_intermediate, self.weights[index], self.bias)
-        arrays = (tensor.float().cpu().numpy() for tensor in tensors)
-        return Case(self.dtype, *arrays)
+        return Case(self.dtype, *(tensor.float().cpu().numpy() for tensor in tensors))
 
 
 class Checks:
@@ -72,13 +69,13 @@ class Checks:
 
     def check(self, name: str, outs: Sequence[torch.Tensor], *, bits: bool = False) -> None:
         """Raise CheckError unless both results are within the bound of a sum in any order; with ``bits``, are the specification's."""
-        befores = [self.inputs.hidden_states, outs[-2] if len(outs) > 1 else self.inputs.hidden_states]
+        inputs, befores = self.inputs, [self.inputs.hidden_states, [self.inputs.hidden_states, *outs][-2]]
         for which, index, before, (exact, sizes) in zip(("first", "last"), (0, -1), befores, self.oracles, strict=True):
             hidden_states, actual = before.double().cpu().numpy(), result_bits(outs[index])
-            bound = bound_of(sizes + abs(hidden_states), self.inputs.weights[0].shape[1], self.inputs.dtype, any_order=True)
-            wrongs = {"are further from float64 than their bound": outside(actual, exact + hidden_states, bound, self.inputs.dtype)}
+            bound = bound_of(sizes + abs(hidden_states), inputs.weights[0].shape[1], inputs.dtype, any_order=True)
+            wrongs = {"are further from float64 than their bound": outside(actual, exact + hidden_states, bound, inputs.dtype)}
             if bits:
-                wrongs["have other bits than the specification"] = actual != self.inputs.case(index, before).expected_bits()
+                wrongs["have other bits than the specification"] = actual != inputs.case(index, before).expected_bits()
             for what, wrong in wrongs.items():
                 if wrong.any():
                     raise CheckError(f"{name}: {wrong.sum()} of {wrong.size} elements of the {which} call {what}")

@@ -14,38 +14,33 @@ import mlpdown
 from .. import native_backend
 from ..plan import Plan, choose_plan
 from ..timing import Captured, Clock, time_rounds
-from .baselines import COMPILED, compile_layer, torch_layer
-from .inputs import Checks, Inputs, Layer, calls_for, check_same_bits
+from .baselines import COMPILED, Layer, compile_layer, torch_layer
+from .inputs import Checks, Inputs, check_same_bits
 from .read_only import fastest_read
 from .report import Content
-from .shapes import Shape
 
 NUM_EAGER_ROUNDS = 10
 NUM_CPU_BATCHES = 20
 CALLS_PER_CPU_BATCH = 100  # fewer than the launch queue holds (1,024 kernels), or the host would wait for the GPU
-NUM_CPU_MACHINE_CALLS = 3
 COMPILE_LIMIT_SECONDS = 30.0
 CUDA_ONLY = "measured on CUDA devices only"
 
 
 def measure(inputs: Inputs, num_rounds: int, compile_deadline: float, tell: Callable[[str], None]) -> Content:
-    """The times of one shape and dtype: ``plans``, ``timings``, ``cpu_cost`` and ``missing`` of a result.
+    """``plans``, ``timings``, ``cpu_cost`` and ``missing`` of a result.
 
-    Args:
-        num_rounds: samples of each candidate. compile_deadline: ``time.monotonic()`` after which nothing more is compiled by torch.
-        tell: is told what is being done.
+    ``num_rounds``: samples of each candidate. ``compile_deadline``: ``time.monotonic()`` after which torch compiles nothing more.
 
     Raises:
         CheckError: a candidate computes something wrong; nothing was timed.
     """
-    device, num_calls = inputs.bias.device, len(inputs.weights)
+    device, num_calls, backends = inputs.bias.device, len(inputs.weights), mlpdown.backends()
     on_cuda = device.type == "cuda"
     tell("oracle")
     checks = Checks(inputs)
     runs: dict[str, Callable[[], object]] = {}
-    missing: dict[str, str] = {}
-    backends = mlpdown.backends()
-    plans = None
+    found: Content = {"plans": None, "timings": {}, "cpu_cost": {}, "missing": {}}
+    missing = found["missing"]
 
     def add(name: str, layer: Layer, *, bits: bool = False) -> list[torch.Tensor]:
         """Check a candidate, which is timed from then on."""
@@ -61,44 +56,43 @@ def measure(inputs: Inputs, num_rounds: int, compile_deadline: float, tell: Call
 
     if on_cuda and backends["native"].available:
         plans = native_plans(inputs.weights[0].shape, device)
+        found["plans"] = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
         outs = {name: add(name, native_layer(plan), bits=name == "native_isolated") for name, plan in plans.items()}
         for name in plans:
             check_same_bits(name, outs[name], outs["native_isolated"])
     else:
         missing["native"] = backends["native"].reason if on_cuda else CUDA_ONLY
-    if on_cuda:
-        add("torch_graph", torch_layer)
-        for name in COMPILED:
-            tell(name)
-            left = min(COMPILE_LIMIT_SECONDS, compile_deadline - time.monotonic())
-            layer, missing[name] = compile_layer(name, inputs.call, left) if left >= 1 else (None, "the time for torch.compile is spent")
-            if layer is not None:
-                del missing[name]
-                add(name, layer)
-        tell("read-only kernel")
-        runs["read_only"] = fastest_read(inputs.weights)[0].replay
-    else:
+    if not on_cuda:
         missing |= dict.fromkeys(("read_only", "torch_graph", *COMPILED), CUDA_ONLY)
         add("torch", torch_layer)
         add("numba", functools.partial(mlpdown.run, backend="numba"), bits=True)
+        tell(f"{num_rounds} rounds")
+        found["timings"] = time_rounds(runs, Clock(device, "wall"), num_rounds, num_calls)
+        return found
+    add("torch_graph", torch_layer)
+    for name in COMPILED:
+        tell(name)
+        left = min(COMPILE_LIMIT_SECONDS, compile_deadline - time.monotonic())
+        layer, reason = compile_layer(name, inputs.call, left) if left >= 1 else (None, "the time for torch.compile is spent")
+        if layer is None:
+            missing[name] = reason
+        else:
+            add(name, layer)
+    tell("read-only kernel")
+    runs["read_only"] = fastest_read(inputs.weights)[0].replay
     tell(f"{num_rounds} rounds")
-    timings = time_rounds(runs, Clock(device, "device" if on_cuda else "wall"), num_rounds, num_calls)
-    cpu_cost: dict[str, list[float]] = {}
-    if on_cuda:
-        eager = {"torch_eager": functools.partial(inputs.run, torch_layer)}
-        timings |= time_rounds(eager, Clock(device, "wall"), NUM_EAGER_ROUNDS, num_calls)
-        layers = {"torch": torch_layer, "native": functools.partial(mlpdown.run, backend="native")}
-        batches = {name: functools.partial(_call_often, layer, inputs) for name, layer in layers.items() if name not in missing}
-        cpu_cost = time_rounds(batches, Clock(device, "host"), NUM_CPU_BATCHES, CALLS_PER_CPU_BATCH)
-    facts = plans and {name: dataclasses.asdict(plan) for name, plan in plans.items()}
-    return {"plans": facts, "timings": timings, "cpu_cost": cpu_cost, "missing": missing}
+    found["timings"] = time_rounds(runs, Clock(device, "device"), num_rounds, num_calls)
+    eager = {"torch_eager": functools.partial(inputs.run, torch_layer)}
+    found["timings"] |= time_rounds(eager, Clock(device, "wall"), NUM_EAGER_ROUNDS, num_calls)
 
+    def call_often(layer: Layer) -> None:
+        for _ in range(CALLS_PER_CPU_BATCH):
+            inputs.call(layer)
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int | None, seed: int) -> Inputs:
-    """With as many calls as it takes to outgrow the L2 cache, unless told how many; a few on a CPU."""
-    if num_calls is None and device.type == "cuda":
-        num_calls = calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
-    return Inputs(shape, dtype, device, num_calls or NUM_CPU_MACHINE_CALLS, seed)
+    layers: dict[str, Layer] = {"torch": torch_layer, "native": functools.partial(mlpdown.run, backend="native")}
+    batches = {name: functools.partial(call_often, layer) for name, layer in layers.items() if name not in missing}
+    found["cpu_cost"] = time_rounds(batches, Clock(device, "host"), NUM_CPU_BATCHES, CALLS_PER_CPU_BATCH)
+    return found
 
 
 def native_plans(weight_shape: tuple[int, ...], device: torch.device) -> dict[str, Plan]:
@@ -112,8 +106,3 @@ def native_plans(weight_shape: tuple[int, ...], device: torch.device) -> dict[st
 def native_layer(plan: Plan) -> Layer:
     """The op under a plan."""
     return functools.partial(mlpdown.run, backend="native", plan=plan)
-
-
-def _call_often(layer: Layer, inputs: Inputs) -> None:
-    for _ in range(CALLS_PER_CPU_BATCH):
-        inputs.call(layer)

@@ -18,32 +18,24 @@ from rich.table import Table
 
 from .. import native_backend
 from ..plan import MAX_STAGES, ROWS_IN_REGISTERS, ROWS_PER_STAGE, Device, Plan, check_plan
+from ..tables import new_table
 from ..timing import Captured, Clock, median, time_rounds
-from .baselines import first_line
+from .baselines import described
 from .inputs import Checks, Inputs, check_same_bits
 from .measure import native_layer, native_plans
-from .report import new_table
 
 NUM_SCREENING_ROUNDS = 3
 NUM_FINAL_ROUNDS = 20
 NUM_SHOWN = 5
-# So many of the fastest chained, and as many of the fastest isolated, are timed anew.
-NUM_FINALISTS = 10
+NUM_FINALISTS = 10  # of the fastest chained, and of the fastest isolated
 SHORTEST_SPLIT_ROW = 8192  # shorter ones are not worth a cluster
 CLUSTER_SIZES = (1, 2, 4)
 CONSUMER_WARPS = (1, 2, 4, 8, 16)
 STAGES = (2, 3, 4, 5, 6, 8, 10, 12, 14, MAX_STAGES)
 STAGES_IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12)
 KINDS = ("chained", "isolated")
-COLUMNS = {
-    "cl": "cluster_size",
-    "rows": "rows_per_stage",
-    "st": "num_stages",
-    "fl": "stages_in_flight",
-    "warps": "num_consumer_warps",
-    "act": "activation_in_registers",
-    "stag": "stagger_rows",
-}
+RING = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
+COLUMNS = dict(zip(("cl", "rows", "st", "fl", "warps", "act", "stag"), (*RING, "activation_in_registers", "stagger_rows"), strict=True))
 LEGEND = "cl: cluster size; st: stages; fl: stages in flight; act: activation in registers or shared memory; stag: rows staggered"
 
 
@@ -65,7 +57,8 @@ def grid(intermediate_dim: int, device: Device) -> list[Plan]:
 
 def variants(plan: Plan) -> dict[str, Plan]:
     """What a plan is timed as: chained with prefetch, and isolated."""
-    return {kind: dataclasses.replace(plan, weight_prefetch=flag, dependent_launch=flag) for kind, flag in zip(KINDS, (True, False), strict=True)}
+    chained, isolated = (dataclasses.replace(plan, weight_prefetch=flag, dependent_launch=flag) for flag in (True, False))
+    return {"chained": chained, "isolated": isolated}
 
 
 def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
@@ -110,7 +103,7 @@ def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]
         try:
             measure(rows[-1:], NUM_SCREENING_ROUNDS)
         except RuntimeError as error:  # the launcher's words, if not one cluster of the plan fits
-            rows[-1]["error"] = first_line(error)
+            rows[-1]["error"] = described(error)
     timed = [row for row in rows if "error" not in row]
     fastest = [row for kind in KINDS for row in sorted(timed, key=lambda row: median(row[kind]))[:NUM_FINALISTS]]
     finalists = [row for row in timed if row["is_chosen"] or row in fastest]
@@ -125,21 +118,18 @@ def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]
 def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
     """The fastest finalists chained with prefetch, the fastest isolated, and the chosen plans; times with their ratio to the floor."""
     options = {"caption": LEGEND, "caption_justify": "left", "box": SIMPLE, "padding": 0}
-    result = new_table(title, "", *COLUMNS, "chained, prefetch", "isolated", **options)
+    result = new_table(f"{title}; floor {floor_us:.2f}", "", *COLUMNS, "chained, prefetch", "isolated", **options)
     final = [row for row in rows if row["is_final"]]
+    sections = [[("chosen now", row) for row in final if row["is_chosen"]]]
     for kind in KINDS:
-        for rank, row in enumerate(sorted(final, key=lambda row: median(row[kind]))[:NUM_SHOWN], 1):
-            result.add_row(f"{kind} {rank}", *_cells(row, floor_us))
+        fastest = sorted(final, key=lambda row: median(row[kind]))[:NUM_SHOWN]
+        sections.append([(f"{kind} {rank}", row) for rank, row in enumerate(fastest, 1)])
+    for section in sections:
+        for label, row in section:
+            plan = {**row["plan"], "activation_in_registers": "reg" if row["plan"]["activation_in_registers"] else "sh"}
+            cells = [str(plan[name]) for name in COLUMNS.values()]
+            if plan["rows_in_registers"]:
+                cells = ["reg.", str(plan["rows_in_registers"]), *[""] * (len(COLUMNS) - 2)]
+            result.add_row(label, *cells, *(f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS))
         result.add_section()
-    for row in final:
-        if row["is_chosen"]:
-            result.add_row("chosen now", *_cells(row, floor_us))
     return result
-
-
-def _cells(row: dict[str, Any], floor_us: float) -> list[str]:
-    plan = {**row["plan"], "activation_in_registers": "reg" if row["plan"]["activation_in_registers"] else "sh"}
-    cells = [str(plan[name]) for name in COLUMNS.values()]
-    if plan["rows_in_registers"]:
-        cells = ["reg.", str(plan["rows_in_registers"]), *[""] * (len(COLUMNS) - 2)]
-    return cells + [f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS]

@@ -4,9 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace {
-
-__device__ __forceinline__ uint4 load_streaming(const uint4* address) {
+static __device__ __forceinline__ uint4 load_streaming(const uint4* address) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -16,7 +14,7 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* address) {
 
 // All threads walk through the data together, kUnroll loads in flight each. The last pass is predicated, so that it costs one latency too.
 template <int kUnroll>
-__global__ void __launch_bounds__(512) read_only(const uint4* data, size_t num_vectors, uint32_t* sink) {
+static __global__ void __launch_bounds__(512) read_only(const uint4* data, size_t num_vectors, uint32_t* sink) {
   const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
   uint32_t folded = 0;
   for (size_t first = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; first < num_vectors; first += kUnroll * stride) {
@@ -32,8 +30,6 @@ __global__ void __launch_bounds__(512) read_only(const uint4* data, size_t num_v
   // Hardly ever true, but the compiler cannot know: without a use it would drop the loads.
   if (folded == 0x9e3779b9u) *sink = folded;
 }
-
-}  // namespace
 
 // Reads num_bytes (a multiple of 16) on `stream`. With ctas_per_sm 0 as many CTAs as it takes for each thread to load `unroll` vectors and
 // leave. Returns a cudaError_t.

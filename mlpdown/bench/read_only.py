@@ -15,21 +15,14 @@ from ..timing import Captured, Clock, median, time_rounds
 SOURCE = "read_only.cu"
 STEADY_READ_BYTES = 4 << 30
 NUM_TRIALS = 5
-# CTAs an SM (0: as many as it takes to read all in one pass), threads, 16-byte loads that a thread has in flight. The fastest of these counts,
-# so that nobody gains by a slow one.
-CONFIGURATIONS = (
-    *((1, 512, 16), (2, 512, 8), (4, 512, 4), (4, 256, 8), (8, 256, 4)),
-    *((0, 512, 4), (0, 256, 5), (0, 256, 8)),
-)
+# CTAs an SM (0: as many as it takes to read all in one pass), threads, 16-byte loads that a thread has in flight. The fastest of these
+# counts, so that nobody gains by a slow one.
+CONFIGURATIONS = ((1, 512, 16), (2, 512, 8), (4, 512, 4), (4, 256, 8), (8, 256, 4), (0, 512, 4), (0, 256, 5), (0, 256, 8))
 
 
 def fastest_read(tensors: Sequence[torch.Tensor]) -> tuple[Captured, list[float]]:
     """A graph that reads contiguous CUDA tensors (of a multiple of 16 bytes) one after the other, in the fastest configuration; and samples
-    of it, in microseconds a tensor.
-
-    Raises:
-        BuildError: the kernel cannot be compiled here. RuntimeError: CUDA refused.
-    """
+    of it, in microseconds a tensor. Raises BuildError if the kernel cannot be compiled here, RuntimeError if CUDA refuses it."""
     device = tensors[0].device
     sink = torch.zeros(4, dtype=torch.int32, device=device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -64,6 +57,5 @@ def source_files() -> dict[str, bytes]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(compile_cuda("read-only", source_files(), [SOURCE], shared=True)))
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    library.mlpdown_read.argtypes = [pointer, ctypes.c_size_t, pointer, *[number] * 4, pointer]
+    library.mlpdown_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, *[ctypes.c_uint] * 4, ctypes.c_void_p]
     return library

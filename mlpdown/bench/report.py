@@ -1,37 +1,34 @@
 """What ``mlpdown bench op`` found, as tables. The JSON is one object, and so are the results that functions here take:
 
-    benchmark, schema_version   "op", 1
-    machine         what :func:`mlpdown.machine.describe` says
-    steady_read     {"tb_per_s": [samples]} of one large read; null without a GPU
-    validity        {"valid": true, false or null, "reasons": [text]}: whether this machine is as fast as it should be
-    results         a list, one entry a shape and dtype:
-        shape, hidden_dim, intermediate_dim, dtype
-        weight_bytes    of one call; floor_us: these at the steady read rate, null without a GPU
-        num_calls       calls of a run, each over another weight
-        plans           native candidate -> its plan; null without the native kernel
-        timings         candidate -> [microseconds a call, one sample a run]
-        cpu_cost        backend -> [microseconds of the CPU a call, one sample a batch]
-        missing         candidate -> why it was not measured
-    plans           null, or a list of what :func:`mlpdown.bench.plans.sweep` returns, with shape, dtype and floor_us
+benchmark, schema_version   "op", 1
+machine         what :func:`mlpdown.machine.describe` says
+steady_read     {"tb_per_s": [samples]} of one large read; null without a GPU
+validity        {"valid": true, false or null, "reasons": [text]}: whether this machine is as fast as it should be
+results         a list, one entry a shape and dtype:
+    shape, hidden_dim, intermediate_dim, dtype
+    weight_bytes    of one call; floor_us: these at the steady read rate, null without a GPU
+    num_calls       calls of a run, each over another weight
+    plans           native candidate -> its plan; null without the native kernel
+    timings         candidate -> [microseconds a call, one sample a run]
+    cpu_cost        backend -> [microseconds of the CPU a call, one sample a batch]
+    missing         candidate -> why it was not measured
+plans           null, or a list of what :func:`mlpdown.bench.plans.sweep` returns, with shape, dtype and floor_us
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from ..tables import new_table
 from ..timing import median, quartiles
 from .shapes import Shape
 
 Content = dict[str, Any]
 
 SCHEMA_VERSION = 1
-LOG_COLUMNS = 180
 WIDE_COLUMNS = 140
-COMPILED_BASELINES = ("compile_multiply_and_sum", "compile_default", "compile_max_autotune")
 SUMMARY = ("read_only", "native_chained_prefetch", "native_chained", "native_isolated", "torch_graph", "compiled")
 # In the order in which they are shown.
 CANDIDATES = {
@@ -55,27 +52,14 @@ def label_of(result: Content) -> str:
 
 def median_of(result: Content, name: str) -> float | None:
     """Median microseconds a call, of ``compiled`` the fastest form's; None if it was not measured."""
-    names = COMPILED_BASELINES if name == "compiled" else (name,)
-    return min((median(result["timings"][form]) for form in names if form in result["timings"]), default=None)
+    timings = result["timings"]
+    medians = [median(timings[form]) for form in timings if form == name or (name == "compiled" and form.startswith("compile_"))]
+    return min(medians, default=None)
 
 
 def steady_rate(content: Content) -> float | None:
     """TB/s; None without a GPU."""
     return median(content["steady_read"]["tb_per_s"]) if content["steady_read"] else None
-
-
-def new_console() -> Console:
-    """A console of the terminal's width; wide where there is none: a file has no edge, and a table cut to 80 columns no names."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_COLUMNS)
-
-
-def new_table(title: str, *headings: str, **options: Any) -> Table:
-    """A table that fits 80 columns; its first column is text and its others are numbers."""
-    table = Table(title=title, title_justify="left", **{"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, **options})
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if position else "left", overflow="fold")
-    return table
 
 
 def detail_table(result: Content, num_rounds: int) -> Table:
@@ -84,12 +68,13 @@ def detail_table(result: Content, num_rounds: int) -> Table:
     table = new_table(title, "candidate", "median", "quartiles", "over\nfloor", "over native\nchained / isolated")
     if result["floor_us"] is not None:
         table.add_row(f"floor: {result['weight_bytes'] / 1e6:.2f} MB, steady read", f"{result['floor_us']:.2f}", "", "1.00")
-    shown = {text: result["timings"][name] for name, text in CANDIDATES.items() if name in result["timings"]}
-    for text, samples in shown.items():
-        ratios = ratio(median(samples), result["floor_us"]), over_native(median(samples), result)
-        table.add_row(text, f"{median(samples):.2f}", "{:.2f}-{:.2f}".format(*quartiles(samples)), *ratios)
-    for name, samples in result["cpu_cost"].items():
-        table.add_row(f"CPU time of a call, {name}", f"{median(samples):.2f}", "{:.2f}-{:.2f}".format(*quartiles(samples)))
+    shown = {CANDIDATES[name]: result["timings"][name] for name in CANDIDATES if name in result["timings"]}
+    for name, samples in {**shown, **result["cpu_cost"]}.items():
+        cells = [name, f"{median(samples):.2f}", "{:.2f}-{:.2f}".format(*quartiles(samples))]
+        if name in shown:
+            table.add_row(*cells, ratio(median(samples), result["floor_us"]), over_native(median(samples), result))
+        else:
+            table.add_row(f"CPU time of a call, {name}", *cells[1:])
     return table
 
 
@@ -97,12 +82,10 @@ def summary_table(content: Content, width: int) -> Table:
     """A row a shape and dtype, of several lines where ``width`` is small."""
     headings = ("shape", "floor", "read\nonly", "chained,\nprefetch", "chained", "iso-\nlated", "PyTorch", "best\ncom-\npiled")
     title = "us a call (over floor); over native: over chained, prefetch / isolated"
-    ratios = ("PyTorch\nover\nnative", "compiled\nover\nnative")
-    options = {"padding": 0, "caption": "Above 1 native is faster.", "caption_justify": "left"}
-    table = new_table(title, *headings, *ratios, **options)
+    last, options = ("PyTorch\nover\nnative", "compiled\nover\nnative"), {"padding": 0, "caption_justify": "left"}
+    table = new_table(title, *headings, *last, caption="Above 1 native is faster.", **options)
     for result in content["results"]:
-        ratios = (over_native(median_of(result, name), result) for name in SUMMARY[-2:])
-        cells = [label_of(result), *summary_cells(result), *ratios]
+        cells = [label_of(result), *summary_cells(result), *(over_native(median_of(result, name), result) for name in SUMMARY[-2:])]
         table.add_row(*(cell if width >= WIDE_COLUMNS else cell.replace(" / ", " /\n").replace(" (", "\n(") for cell in cells))
     return table
 

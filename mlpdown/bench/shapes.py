@@ -35,7 +35,7 @@ _PYTHIA = "pythia-70m 512x2048,pythia-160m 768x3072,pythia-410m 1024x4096,pythia
 _PYTHIA += f",{PYTHIA_2B8},pythia-6.9b 4096x16384,pythia-12b 5120x20480"
 SHAPES = tuple(map(_read, f"{_PYTHIA},llama-2-7b 4096x11008,llama-3-8b 4096x14336,qwen2-7b 3584x18944".split(",")))
 # Of Pythia-2.8B the up projection, query, key and value, and the attention's output projection; and a square.
-SHORT_SHAPES = tuple(map(_read, "up-2.8b 10240x2560,qkv-2.8b 7680x2560,proj-2.8b 2560x2560,4096x4096".split(",")))
+SHORT_SHAPES = tuple(map(_read, ["up-2.8b 10240x2560", "qkv-2.8b 7680x2560", "proj-2.8b 2560x2560", "4096x4096"]))
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mlpdown import arguments, cli
-from mlpdown.bench.compare import main as compare
 from mlpdown.bench import e2e_timing
+from mlpdown.bench.compare import main as compare
 from mlpdown.bench.e2e_timing import Pair
 
 
@@ -69,7 +69,7 @@ def test_plot_that_cannot_be_drawn_is_refused_first(tmp_path: Path, capsys: pyte
 
 def test_numbers_and_architectures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "e2e", "--tokens", "4,b"]) == 2
-    assert "--tokens must be positive numbers with commas, got 'b'" in capsys.readouterr().err
+    assert "--tokens must be positive numbers with commas, got '4,b'" in capsys.readouterr().err
     assert cli.main(["build", "--arch", "sm_10"]) == 2
     assert "arch must be sm_80 or newer, got 'sm_10'" in capsys.readouterr().err
 
@@ -77,7 +77,8 @@ def test_numbers_and_architectures_are_named(capsys: pytest.CaptureFixture[str])
 def test_another_kind_of_result_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "check.json").write_text("{}")
     assert compare(argparse.Namespace(old=tmp_path / "check.json", new=tmp_path / "check.json")) == 2
-    assert "check.json is not a result of mlpdown bench op: benchmark must be 'op' and schema_version 1, got None and None" in capsys.readouterr().err
+    message = "check.json is not a result of mlpdown bench op: benchmark must be 'op' and schema_version 1, got None and None"
+    assert message in capsys.readouterr().err
 
 
 def test_interval_of_few_pairs_is_said_to_be_of_all() -> None:

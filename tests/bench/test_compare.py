@@ -94,7 +94,7 @@ def test_end_to_end_results_are_compared_too(files: Files, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(("new", "message"), [(report(gpu="NVIDIA H100"), "different machines"), (report(shapes="b"), "in common")])
-def test_results_that_cannot_be_compared(files: Files, new: Report, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_that_cannot_be_compared(files: Files, new: Content, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(files(report(), new)) == 2
     assert message in capsys.readouterr().err
 

@@ -14,12 +14,13 @@ import torch._inductor.config as inductor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mlpdown.ops
+from mlpdown import gpt_neox
 from mlpdown.accuracy import CheckError
-from mlpdown.bench import e2e, e2e_models
+from mlpdown.bench import e2e
 from mlpdown.bench.baselines import torch_layer
 from mlpdown.bench.e2e_check import Oracle
 from mlpdown.bench.e2e_decode import EagerDecoder, StaticDecoder, forced_logits, has_inductor_pdl
-from mlpdown.bench.e2e_loop import LoopModel
+from mlpdown.gpt_neox import LoopModel
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[7, 30, 2, 91, 4]])
@@ -32,7 +33,7 @@ def run_command(*words: str) -> int:
 
 
 def make(dtype: torch.dtype) -> tuple[Any, LoopModel]:
-    model = e2e_models.random_model("tiny", dtype, CPU, seed=3)
+    model = gpt_neox.random_model(gpt_neox.SIZES["tiny"], dtype, CPU, seed=3)
     return model, LoopModel(model, 64, torch_layer)
 
 
@@ -135,7 +136,7 @@ def test_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPa
     def unreachable(*arguments: Any) -> None:
         raise OSError("no network today")
 
-    monkeypatch.setattr(e2e_models.socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(gpt_neox.socket, "getaddrinfo", unreachable)
     begin = time.monotonic()
     assert run_command("--model", "nobody/has-such-a-model") == 2
     assert time.monotonic() - begin < 5
@@ -235,7 +236,7 @@ def test_static_step_reads_no_value(is_patched: bool) -> None:
     real, _ = make(torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights = {name: torch.empty_like(tensor) for name, tensor in real.state_dict().items()}
-        model = e2e_models.assemble(type(real), real.config, weights)
+        model = gpt_neox.assemble(type(real), real.config, weights)
         if is_patched:
             mlpdown.patch(model, backend="torch")
         decoder = StaticDecoder(model, torch.zeros(1, 5, dtype=torch.long), 32, compile=False, graph=False)
@@ -258,7 +259,7 @@ def test_hand_written_loop_is_gpt_neox() -> None:
 
 def test_every_decoder_decodes_the_same_tokens_again_after_rewind() -> None:
     model, loop = make(torch.float16)
-    patched = e2e_models.twin(model)
+    patched = gpt_neox.twin(model)
     mlpdown.patch(patched, backend="torch")
     decoders = [
         EagerDecoder(model, PROMPT),
@@ -285,7 +286,7 @@ def test_every_decoder_decodes_the_same_tokens_again_after_rewind() -> None:
 
 def test_twin_shares_weights_and_nothing_else() -> None:
     model, _ = make(torch.float16)
-    twin = e2e_models.twin(model)
+    twin = gpt_neox.twin(model)
     mlpdown.patch(twin, backend="torch")
     assert mlpdown.unpatch(model) == 0
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

@@ -53,7 +53,7 @@ class Decoder:
 def run(host: Host, lengths: list[int], stock_first: bool = True) -> tuple[list[Pair], list[tuple[str, int]]]:
     log: list[tuple[str, int]] = []
     decoders = (Decoder("stock", 10.0, host, log), Decoder("patched", 8.0, host, log))
-    return time_in_turns(*decoders, lengths, host, stock_first), log  # type: ignore[arg-type]
+    return time_in_turns(decoders, lengths, host, stock_first), log  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stock_first", [True, False])
@@ -117,22 +117,21 @@ def test_row_is_of_passes_that_went_so_far() -> None:
 def test_short_lengths_are_repeated_until_there_are_enough_pairs() -> None:
     host = Host()
     decoders = (Decoder("stock", 10.0, host, []), Decoder("patched", 8.0, host, []))
-    asked: list[int] = []
-
-    def may_repeat(length: int, seconds: float) -> bool:
-        asked.append(length)
-        return True
+    seconds = [1000.0]
 
     def new_clock() -> Host:
         host.times = []
         return host
 
-    passes = time_lengths(*decoders, [4, 8, 64], new_clock, 6, may_repeat)  # type: ignore[arg-type]
-    # The pass to 64 has one pair within 4 tokens and two within 8.
-    assert [pairs[-1].end for pairs in passes] == [64, 8, 8, 4, 4, 4]
-    assert asked == [8, 8, 4, 4, 4]
-    assert [row("loop", None, length, passes)["num_pairs"] for length in (4, 8, 64)] == [6, 6, 16]
-    assert {pair.stock_ms / pair.patched_ms for pairs in passes for pair in pairs} == {1.25}
+    def passes(lengths: list[int], num_pairs: int) -> list[list[Pair]]:
+        return time_lengths(decoders, lengths, new_clock, num_pairs, 0.018, lambda: seconds[0])  # type: ignore[arg-type]
 
-    passes = time_lengths(*decoders, [4, 64], new_clock, 100, lambda length, seconds: False)  # type: ignore[arg-type]
-    assert len(passes) == 1, "without time there is the longest decode alone"
+    found = passes([4, 8, 64], 6)
+    # The pass to 64 has one pair within 4 tokens and two within 8.
+    assert [pairs[-1].end for pairs in found] == [64, 8, 8, 4, 4, 4]
+    assert [row("loop", None, length, found)["num_pairs"] for length in (4, 8, 64)] == [6, 6, 16]
+    assert {pair.stock_ms / pair.patched_ms for pairs in found for pair in pairs} == {1.25}
+    seconds[0] = 0.1  # enough for 5 tokens, not for 8
+    assert [pairs[-1].end for pairs in passes([4, 8, 64], 3)] == [64, 4, 4]
+    seconds[0] = 0.0
+    assert len(passes([4, 64], 100)) == 1, "without time there is the longest decode alone"

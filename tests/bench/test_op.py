@@ -16,13 +16,14 @@ import mlpdown
 from mlpdown import timing
 from mlpdown.accuracy import CheckError
 from mlpdown.bench import baselines, measure
-from mlpdown.bench.baselines import TimeLimitExpired, multiply_and_sum, time_limit, torch_layer
+from mlpdown.bench.baselines import multiply_and_sum, torch_layer
 from mlpdown.bench.inputs import Checks, Inputs, calls_for, check_same_bits
 from mlpdown.bench.op import validity
 from mlpdown.bench.report import detail_table, label_of, summary_table
 from mlpdown.bench.shapes import PYTHIA_2B8, SHAPES, Shape, parse_shapes
 from mlpdown.cli import main
 from mlpdown.json_lines import read_json, to_json
+from mlpdown.timing import TimeLimitExpired, time_limit
 
 TINY = Shape("tiny", 48, 256)
 CPU = torch.device("cpu")
@@ -64,7 +65,8 @@ def test_plot_is_written_as_svg_and_png(report_path: Path) -> None:
 
 
 def test_json_has_a_line_for_each_candidate_and_loses_nothing() -> None:
-    content = {"results": [{"timings": {name: [0.1 * index for index in range(90)] for name in "abc"}, "plans": None}], "few": {"a": [1, 2]}}
+    timings = {name: [0.1 * index for index in range(90)] for name in "abc"}
+    content = {"results": [{"timings": timings, "plans": None}], "few": {"a": [1, 2]}}
     text = to_json(content)
     assert json.loads(text) == content
     lines = text.splitlines()
@@ -161,7 +163,7 @@ def test_baseline_that_does_not_compile_is_missing_with_the_reason(monkeypatch: 
 
     monkeypatch.setitem(baselines.COMPILED, "broken", (broken, {"backend": "eager"}))
     layer, reason = baselines.compile_layer("broken", Inputs(TINY, torch.float16, CPU, 1, seed=0).call, 30)
-    assert layer is None and reason.startswith("torch.compile failed")
+    assert layer is None and reason.startswith("torch.compile: ")
 
 
 def h200_report(steady: float = 4.49, **medians: float) -> dict[str, Any]:
@@ -171,11 +173,12 @@ def h200_report(steady: float = 4.49, **medians: float) -> dict[str, Any]:
     return {"machine": {"gpu": "NVIDIA H200"}, "steady_read": {"tb_per_s": [steady] * 3}, "results": [result]}
 
 
-def test_run_counts_only_if_the_machine_is_as_fast_as_it_should_be() -> None:
+def test_run_counts_only_if_the_gpu_reads_as_fast_as_it_should() -> None:
     assert validity(h200_report())["valid"] is True
-    for slow in (h200_report(4.3), h200_report(read_only=13.7), h200_report(torch_graph=23.1)):
-        assert validity(slow)["valid"] is False
-        assert validity(slow)["reasons"]
+    slow = validity(h200_report(4.3))
+    assert slow["valid"] is False and "4.30 TB/s, should be at least 4.4" in slow["reasons"][0]
+    unknown = {**h200_report(), "machine": {"gpu": "NVIDIA A100"}}
+    assert validity(unknown)["valid"] is None and "A100" in validity(unknown)["reasons"][0]
 
 
 def test_tables_fit_a_terminal_of_80_columns_and_cut_nothing() -> None:

@@ -84,7 +84,7 @@ def test_sweep_finds_the_fastest_plan_and_says_which_one_is_chosen_now(played_gp
     chosen = [Plan(**row["plan"]) for row in rows if row["is_chosen"]]
     assert plans.variants(choose_plan(40, 64, H200))["isolated"] in chosen and all(row["is_final"] for row in rows if row["is_chosen"])
     refused = [row for row in rows if "error" in row]
-    assert refused and all(row["plan"]["num_stages"] == 5 and row["error"] == "plan: not one cluster fits" for row in refused)
+    assert refused and all(row["plan"]["num_stages"] == 5 and row["error"] == "RuntimeError: plan: not one cluster fits" for row in refused)
 
 
 def test_plan_that_changes_a_bit_is_never_timed(played_gpu: pytest.MonkeyPatch) -> None:

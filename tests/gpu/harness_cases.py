@@ -71,9 +71,9 @@ def ring_case(sizes: tuple[int, int], dtype: str, ring: tuple[int, int, int, int
     return HarnessCase(*sizes, dtype, Plan(*ring, warps, **options), **of_case)
 
 
-# Over 114 KB of shared memory a CTA in the large cases, so that an SM holds one: then a cluster walks more stages than the ring has, and than
-# there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments, lanes and slices partly or wholly empty. In some cases
-# several CTAs share an SM.
+# Over 114 KB of shared memory a CTA in the large cases, so that an SM holds one: then a cluster walks more stages than the ring has, and
+# than there are slots for partial sums, and both wrap. Ragged sizes leave rows, segments, lanes and slices partly or wholly empty. In some
+# cases several CTAs share an SM.
 RING_CASES = (
     ring_case((2400, 4096), "float16", (1, 1, 14, 4), groups=2),
     ring_case((2400, 8192), "bfloat16", (2, 2, 7, 3), weight_prefetch=True),
@@ -91,9 +91,7 @@ RING_CASES = (
     ring_case((4600, 2048), "bfloat16", (1, 2, 14, 7), activation_in_registers=True, weight_prefetch=True, absent=RESIDUALS),
     ring_case((4601, 2312), "float16", (1, 2, 14, 13), groups=2, activation_in_registers=True, dependent_launch=False),
     ring_case((200, 16328), "bfloat16", (1, 1, 3, 2), activation_in_registers=True),
-    ring_case(
-        (333, 1000), "float16", (1, 2, 4, 1), groups=2, activation_in_registers=True, stagger_rows=3, weight_prefetch=True, is_partial_sums=True
-    ),
+    ring_case((333, 1000), "float16", (1, 2, 4, 1), groups=2, activation_in_registers=True, stagger_rows=3, is_partial_sums=True),
 )
 REGISTERS_CASES = tuple(
     case
@@ -105,8 +103,8 @@ REGISTERS_CASES = tuple(
         HarnessCase(77, 1000, dtype, Plan.in_registers(rows, dependent_launch=False), is_partial_sums=True),
     )
 )
-# For racecheck, which takes seconds for these and counts hazards up to a limit: one CTA an SM, one group of warps, and hardly more stages than
-# it takes for the slots to wrap, in a cluster of one and in clusters, with stores to other CTAs. All rings wrap.
+# For racecheck, which takes seconds for these and counts hazards up to a limit: one CTA an SM, one group of warps, and hardly more stages
+# than it takes for the slots to wrap, in a cluster of one and in clusters, with stores to other CTAs. All rings wrap.
 RACECHECK_CASES = (
     ring_case((2250, 3584), "float16", (1, 1, 16, 8)),
     ring_case((2390, 3584), "bfloat16", (1, 1, 16, 8), activation_in_registers=True, stagger_rows=1, weight_prefetch=True),

@@ -12,7 +12,6 @@ from mlpdown import golden
 from mlpdown.check import result_bits
 from mlpdown.golden import GoldenCase, read_golden
 
-
 pytestmark = pytest.mark.gpu
 
 FOLDER = Path(golden.__file__).parent / "goldens"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gpu import harness, weight_writer
 from gpu.harness import parse_output
 from gpu.harness_cases import RACECHECK_CASES, REGISTERS_CASES, RING_CASES, TENSORS, HarnessCase
 from gpu.test_sanitizers import unexplained
-
 from mlpdown.bench import read_only
 from mlpdown.jit import BuildError
 from mlpdown.jit.program import compile_cuda

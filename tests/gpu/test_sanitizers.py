@@ -140,7 +140,7 @@ def unexplained(verdict: Verdict) -> list[str]:
 
 
 def assert_right_bits(files: dict[Path, HarnessCase]) -> None:
-    """The harness wrote the specification's bits for every case; the files that say so are gone then, so that each run must write its own."""
+    """The harness wrote the specification's bits for every case. The files that say so are removed: each run must write its own."""
     for path, case in files.items():
         assert case.num_wrong(path) == 0, case
         Path(f"{path}.out").unlink()

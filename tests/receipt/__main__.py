@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlpdown import machine
-from mlpdown.bench.report import new_console, new_table
 from mlpdown.json_lines import write_json
+from mlpdown.tables import new_console, new_table
 
 from .readme import README, RECEIPTS, update_readme
 from .stages import REPOSITORY, STAGES, run_stage, summarize

@@ -1,4 +1,5 @@
-"""The stages of a receipt: commands, each with a time limit, so that a kernel that hangs costs seconds; and what is read from their files."""
+"""The stages of a receipt: commands with a time limit each, so that a kernel that hangs costs seconds; and what is read from their files.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +112,8 @@ def summarize(name: str, findings: Findings) -> str:
     if "unreadable" in findings:
         return findings["unreadable"]
     if name == "build":
-        text = "{num_kernels} kernels, at most {most_registers} registers, {local_memory_bytes} bytes of local memory, {build_seconds} s ({origin})"
-        return text.format(**findings)
+        kernels = "{num_kernels} kernels, at most {most_registers} registers, {local_memory_bytes} bytes of local memory"
+        return (kernels + ", {build_seconds} s ({origin})").format(**findings)
     if name == "check":
         results = [result for result in findings["check"]["results"] if result["promises_bits"]]
         return f"{sum(result['wrong_bits'] for result in results)} wrong bits in {len(results)} runs of backends that promise bits"
@@ -122,8 +123,8 @@ def summarize(name: str, findings: Findings) -> str:
         worst, mean = (max(row[f"native_{kind}_ulps"] for row in rows) for kind in ("max", "mean"))
         held = sum(row["holds"] for row in rows)
         return (
-            f"{wrong} wrong bits at {len(rows)} shapes and dtypes, under the GPU's own plan and the RTX 5090's; error at most {worst:.2f} ULP, "
-            f"on average at most {mean:.2f}; no larger than PyTorch's at {held}"
+            f"{wrong} wrong bits at {len(rows)} shapes and dtypes, under the GPU's own plan and the RTX 5090's; error at most {worst:.2f} "
+            f"ULP, on average at most {mean:.2f}; no larger than PyTorch's at {held}"
         )
     if name == "goldens":
         return f"{len(findings['files'])} made"

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from receipt import goldens as receipt_goldens
-from receipt.goldens import GOLDEN_CASES
-
 from mlpdown import golden, reference
 from mlpdown.golden import Golden, GoldenCase, read_golden
+from receipt import goldens as receipt_goldens
+from receipt.goldens import GOLDEN_CASES
 
 FOLDER = Path(golden.__file__).parent / "goldens"
 SMALL = GoldenCase(24, 64, "bfloat16", "cancelling", 5)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from receipt import __main__ as receipt
-from receipt.readme import BEGIN, END, README, RECEIPTS, figures, update_readme, with_figures
-from receipt.stages import HAZARD_TESTS, REPOSITORY, SANITIZER_TESTS, STAGES, Stage, read_junit, run_stage, summarize
 
 from mlpdown.bench import e2e_timing
 from mlpdown.bench.e2e_timing import Pair
 from mlpdown.json_lines import write_json
+from receipt import __main__ as receipt
+from receipt.readme import BEGIN, END, README, RECEIPTS, figures, update_readme, with_figures
+from receipt.stages import HAZARD_TESTS, REPOSITORY, SANITIZER_TESTS, STAGES, Stage, read_junit, run_stage, summarize
 
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.gpu.test_hazard" name="test_default">

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from .report import Content, label_of, median_of, steady_rate
+from .bench.report import Content, label_of, median_of, steady_rate
 
 # Candidates of a GPU, then of a CPU.
 BARS = {
@@ -21,9 +21,9 @@ BESIDE = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)
 
 
 def require_matplotlib() -> None:
-    """Raise RuntimeError if it is not installed."""
+    """Raise ValueError if it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
+        raise ValueError("matplotlib must be installed for --plot: pip install matplotlib")
 
 
 def plot_bandwidth(content: Content, path: Path) -> None:
