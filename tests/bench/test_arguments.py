@@ -16,9 +16,7 @@ from mlpdown.bench.e2e_timing import Pair
 
 
 @pytest.mark.parametrize("command", ["check", "bench op", "bench e2e"])
-def test_results_that_could_not_be_written_are_not_measured(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_that_could_not_be_written_are_not_measured(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "nowhere" / "results.json"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--json", str(path)])

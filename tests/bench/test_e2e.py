@@ -75,12 +75,7 @@ def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: py
 @pytest.mark.slow
 def test_compile_mode(tmp_path: Path) -> None:
     results = tmp_path / "e2e.json"
-    assert (
-        run_command(
-            "--modes", "compile", "--tokens", "4,8", "--backend", "numba", "--pairs", "1", "--json", str(results)
-        )
-        == 0
-    )
+    assert run_command("--modes", "compile", "--tokens", "4,8", "--backend", "numba", "--pairs", "1", "--json", str(results)) == 0
     content = json.loads(results.read_text())
     (row,) = content["rows"]
     assert (row["mode"], row["cache_length"], row["num_tokens"]) == ("compile", 48, 8)
@@ -95,14 +90,10 @@ def test_checkpoint_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("wrong", ["no bias", "no residual", "bfloat16 residual"])
-def test_wrong_op_is_never_timed(
-    wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_op_is_never_timed(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = mlpdown.ops.run
 
-    def spoilt(
-        hidden_states: Any, attn_output: Any, mlp_intermediate: Any, weight: Any, bias: Any, **keywords: Any
-    ) -> torch.Tensor:
+    def spoilt(hidden_states: Any, attn_output: Any, mlp_intermediate: Any, weight: Any, bias: Any, **keywords: Any) -> torch.Tensor:
         if wrong == "no bias":
             bias = None
         elif wrong == "no residual":
@@ -164,9 +155,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     assert len(content["not_run"]) == 1 and content["not_run"][0].startswith("loop, to 8 tokens: ")
 
 
-def test_mode_that_fails_costs_only_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mode_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise RuntimeError("no such kernel\nand more")
 
@@ -189,9 +178,7 @@ def test_compiler_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.skipif(not has_inductor_pdl(), reason="this torch's compiler does not know dependent launch")
 @pytest.mark.parametrize("pdl", [False, True])
-def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(
-    pdl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: list[bool] = []
     monkeypatch.setattr(StaticDecoder, "_warm_up", lambda decoder: settings.append(inductor.triton.enable_pdl))
     with inductor.patch({"triton.enable_pdl": not pdl}):
@@ -199,9 +186,7 @@ def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(
         assert settings == [pdl] and inductor.triton.enable_pdl is not pdl
 
 
-def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = tmp_path / "e2e.json"
     words = ["--modes", "compile-pdl", "--tokens", "4", "--json", str(results)]
     assert run_command(*words) == 1, "nothing could run"

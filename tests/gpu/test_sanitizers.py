@@ -51,10 +51,7 @@ ORDERED = (
 )
 # What racecheck may report although it is in order: the pair of accesses -> what orders them.
 EXPLAINED_HAZARDS = {
-    f"Read {reader} / Write {writer}": shared.ordered_by
-    for shared in ORDERED
-    for reader in shared.readers
-    for writer in shared.writers
+    f"Read {reader} / Write {writer}": shared.ordered_by for shared in ORDERED for reader in shared.readers for writer in shared.writers
 }
 
 

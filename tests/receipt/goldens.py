@@ -29,9 +29,7 @@ GOLDEN_CASES = tuple(
 
 def main() -> int:
     """Make every golden on this GPU. Returns 1 if one differs from the specification (it is written all the same), 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.receipt.goldens", description="Make the goldens on this machine's GPU."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.receipt.goldens", description="Make the goldens on this machine's GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for them")
     arguments = parser.parse_args()
     status = mlpdown.backends()["native"]

@@ -91,7 +91,7 @@ def model_figures(_path: Path, content: Content) -> list[str]:
     prefetch = ", weight_prefetch" if content["settings"]["weight_prefetch"] else ""
     lines = [
         f"{content['model']}, {content['dtype']}{prefetch}. Medians over blocks of a few tokens that PyTorch and mlpdown decode in turns.",
-        "The ratio is PyTorch over mlpdown in a pair of such blocks; in brackets, where its median lies with 95 % if pairs are independent.",
+        "The ratio is PyTorch over mlpdown in a pair of such blocks; in brackets, where its median lies with 95 %, for independent pairs.",
         "",
         "| mode | tokens | PyTorch ms/token | mlpdown ms/token | ratio |",
         "|---|---:|---:|---:|---:|",
