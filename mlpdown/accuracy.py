@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cases import Case, to_float64
-from .plan import NUM_SEGMENTS, VECTOR_SIZE
-
-NUM_LANES = 32  # of the canonical order
+from .reference.order import NUM_LANES, num_segments, vectors_per_segment
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -80,13 +78,14 @@ def bound_of(sizes: Float64Array, intermediate_dim: int, dtype: str, *, any_orde
     Each of the n roundings on an element's way into the result changes it by a factor within ``1 +- 2**-24``, so the sum is off by at
     most ``n * u / (1 - n * u)`` times the sum of magnitudes (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section
     4.2). The way of a product in the canonical order: a rounding for each vector of its lane, 3 additions over the positions of a vector,
-    5 over the lanes, 7 over the segments, 3 for bias and residuals.
+    5 over the lanes, one less than there are segments over these, 3 for bias and residuals.
 
     ``any_order``: of a sum in whatever order, a rounding for each element; and of three more to ``dtype``, where PyTorch rounds, each at
     most an ULP of the largest partial sum there can be: of split sums, of the product with its bias, and after a residual.
     """
-    segment_vectors = -(-(intermediate_dim // VECTOR_SIZE) // NUM_SEGMENTS)
-    depth = intermediate_dim + 3 if any_order else -(-segment_vectors // NUM_LANES) + 3 + 5 + 7 + 3
+    depth = -(-vectors_per_segment(intermediate_dim) // NUM_LANES) + 3 + 5 + (num_segments(intermediate_dim) - 1) + 3
+    if any_order:
+        depth = intermediate_dim + 3
     gamma = depth * _FLOAT32_UNIT / (1 - depth * _FLOAT32_UNIT)
     oracle_gamma = 2 * intermediate_dim * _FLOAT64_UNIT
     bound = (gamma + oracle_gamma) * sizes + intermediate_dim * _FLOAT32_UNDERFLOW

@@ -27,8 +27,9 @@ from .. import arguments as argument_types
 from .. import machine, native_backend
 from ..accuracy import CheckError
 from ..gpt_neox import SIZES, LoopModel, load, random_model, twin
+from ..heuristics import choose_plan
 from ..json_lines import write_json
-from ..plan import RING_COMPUTE_CAPABILITY, choose_plan
+from ..plan import RING_COMPUTE_CAPABILITY
 from ..plot import plot_decoding, require_matplotlib
 from ..tables import new_console
 from ..timing import Clock, TimeLimitExpired, time_limit

@@ -12,7 +12,8 @@ import torch
 import mlpdown
 
 from .. import native_backend
-from ..plan import Plan, choose_plan
+from ..heuristics import choose_plan
+from ..plan import Plan
 from ..timing import Captured, Clock, time_rounds
 from .baselines import COMPILED, Layer, compile_layer, torch_layer
 from .inputs import Checks, Inputs, check_same_bits

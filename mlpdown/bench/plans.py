@@ -17,7 +17,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from .. import native_backend
-from ..plan import MAX_STAGES, ROWS_IN_REGISTERS, ROWS_PER_STAGE, Device, Plan, check_plan
+from ..plan import MAX_STAGES, REGISTERS_KERNELS, ROWS_PER_STAGE, Device, Plan, check_plan
 from ..tables import new_table
 from ..timing import Captured, Clock, median, time_rounds
 from .baselines import described
@@ -36,23 +36,26 @@ STAGES_IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12)
 KINDS = ("chained", "isolated")
 RING = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
 COLUMNS = dict(zip(("cl", "rows", "st", "fl", "warps", "act", "stag"), (*RING, "activation_in_registers", "stagger_rows"), strict=True))
-LEGEND = "cl: cluster size; st: stages; fl: stages in flight; act: activation in registers or shared memory; stag: rows staggered"
+LEGEND = "cl: cluster size; st: stages; fl: stages (reg.: vectors) in flight; act: activation in registers or shared memory; stag: rows staggered"
 
 
 def grid(intermediate_dim: int, device: Device) -> list[Plan]:
     """Every plan that fits: all of the registers kernel; of the ring, rows and groups of warps, stages and how many of them are in flight,
     the activation in shared memory or in registers, shares staggered or not, and clusters where rows are long."""
-    plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
+    plans = [Plan.in_registers(*kernel, num_consumer_warps=warps) for kernel in REGISTERS_KERNELS for warps in CONSUMER_WARPS]
     cluster_sizes = CLUSTER_SIZES if intermediate_dim >= SHORTEST_SPLIT_ROW else CLUSTER_SIZES[:1]
     rings = itertools.product(cluster_sizes, ROWS_PER_STAGE, STAGES, STAGES_IN_FLIGHT, CONSUMER_WARPS)
     for ring, in_registers, stagger in itertools.product(rings, (True, False), (0, 1)):
-        plan = Plan(*ring, activation_in_registers=in_registers, stagger_rows=stagger)
-        try:
-            check_plan(plan, intermediate_dim, device)
-        except ValueError:
-            continue
-        plans.append(plan)
-    return plans
+        plans.append(Plan(*ring, activation_in_registers=in_registers, stagger_rows=stagger))
+    return [plan for plan in plans if _fits(plan, intermediate_dim, device)]
+
+
+def _fits(plan: Plan, intermediate_dim: int, device: Device) -> bool:
+    try:
+        check_plan(plan, intermediate_dim, device)
+    except ValueError:
+        return False
+    return True
 
 
 def variants(plan: Plan) -> dict[str, Plan]:
@@ -129,7 +132,8 @@ def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
             plan = {**row["plan"], "activation_in_registers": "reg" if row["plan"]["activation_in_registers"] else "sh"}
             cells = [str(plan[name]) for name in COLUMNS.values()]
             if plan["rows_in_registers"]:
-                cells = ["reg.", str(plan["rows_in_registers"]), *[""] * (len(COLUMNS) - 2)]
+                kernel = plan["rows_in_registers"], "", plan["vectors_in_flight"], plan["num_consumer_warps"]
+                cells = ["reg.", *map(str, kernel), "", ""]
             result.add_row(label, *cells, *(f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS))
         result.add_section()
     return result

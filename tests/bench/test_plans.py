@@ -18,7 +18,8 @@ from mlpdown.accuracy import CheckError
 from mlpdown.bench import plans
 from mlpdown.bench.inputs import Inputs
 from mlpdown.bench.shapes import PYTHIA_2B8, SHAPES, SHORT_SHAPES, Shape
-from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan, choose_plan
+from mlpdown.heuristics import choose_plan
+from mlpdown.plan import H200, RTX_5090, Device, Plan, check_plan
 
 TINY = Shape("tiny", 40, 64)
 CPU = torch.device("cpu")

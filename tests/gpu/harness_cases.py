@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from mlpdown.reference.order import num_segments
 
 from mlpdown import reference
 from mlpdown.cases import make_case
-from mlpdown.plan import NUM_SEGMENTS, ROWS_IN_REGISTERS, Plan
+from mlpdown.plan import REGISTERS_KERNELS, Plan
 
 NUM_DISTINCT_ROWS = 127  # no stage, cluster or grid is a multiple of it: a row that lands in another's place shows
 NUM_CALLS = 2  # each may start while the one before drains
@@ -66,7 +67,7 @@ class HarnessCase:
 
 def ring_case(sizes: tuple[int, int], dtype: str, ring: tuple[int, int, int, int], groups: int = 1, **options: Any) -> HarnessCase:
     """``ring``: cluster size, rows a stage, stages, stages in flight. ``options``: members of the plan, and of the case."""
-    warps = groups * NUM_SEGMENTS // ring[0]
+    warps = groups * num_segments(sizes[1]) // ring[0]
     of_case = {name: options.pop(name) for name in ("absent", "is_partial_sums") if name in options}
     return HarnessCase(*sizes, dtype, Plan(*ring, warps, **options), **of_case)
 
@@ -95,12 +96,12 @@ RING_CASES = (
 )
 REGISTERS_CASES = tuple(
     case
-    for rows in ROWS_IN_REGISTERS
+    for kernel in REGISTERS_KERNELS
     for dtype in ("float16", "bfloat16")
     for case in (
-        HarnessCase(512, 2048, dtype, Plan.in_registers(rows, weight_prefetch=True)),
-        HarnessCase(333, 11008, dtype, Plan.in_registers(rows), absent=RESIDUALS),
-        HarnessCase(77, 1000, dtype, Plan.in_registers(rows, dependent_launch=False), is_partial_sums=True),
+        HarnessCase(512, 2048, dtype, Plan.in_registers(*kernel, weight_prefetch=True)),
+        HarnessCase(333, 11008, dtype, Plan.in_registers(*kernel), absent=RESIDUALS),
+        HarnessCase(77, 1000, dtype, Plan.in_registers(*kernel, dependent_launch=False), is_partial_sums=True),
     )
 )
 # For racecheck, which takes seconds for these and counts hazards up to a limit: one CTA an SM, one group of warps, and hardly more stages
@@ -112,5 +113,5 @@ RACECHECK_CASES = (
     ring_case((1150, 7168), "bfloat16", (2, 1, 16, 8)),
     ring_case((580, 14336), "float16", (4, 1, 16, 8), weight_prefetch=True),
     ring_case((290, 28672), "float16", (8, 1, 16, 8), weight_prefetch=True),
-    *(HarnessCase(333, 1000, "float16", Plan.in_registers(rows)) for rows in ROWS_IN_REGISTERS),
+    *(HarnessCase(333, 1000, "float16", Plan.in_registers(*kernel)) for kernel in REGISTERS_KERNELS),
 )

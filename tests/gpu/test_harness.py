@@ -107,8 +107,8 @@ def test_hazards_of_racecheck_are_told_apart_by_their_pair_of_accesses() -> None
 =========     and Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x4580 in ptx.cuh:178 [3333120 hazards]
 =========
 ========= Error: Race reported between Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80
-=========     and Read access at ptx::ld_shared(unsigned int)+0x2300 in ptx.cuh:74 [2496 hazards]
-=========     and Read access at ptx::ld_shared(unsigned int)+0x2310 in ptx.cuh:74 [2496 hazards]
+=========     and Read access at ptx::ld_shared_float(unsigned int)+0x2300 in ptx.cuh:74 [2496 hazards]
+=========     and Read access at ptx::ld_shared_float(unsigned int)+0x2310 in ptx.cuh:74 [2496 hazards]
 =========     and Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80 [8 hazards]
 =========
 ========= Error: Race reported between Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x53a0 in ptx.cuh:178
@@ -119,7 +119,7 @@ def test_hazards_of_racecheck_are_told_apart_by_their_pair_of_accesses() -> None
     verdict = parse_output("racecheck", output)
     assert verdict.findings == (
         "Read ptx::ld_shared / Write ptx::cp_async_bulk",
-        "Read ptx::ld_shared / Write ptx::st_shared",
+        "Read ptx::ld_shared_float / Write ptx::st_shared",
         "Write ptx::st_shared / Write ptx::st_shared",
     )
     assert unexplained(verdict) == ["Write ptx::st_shared / Write ptx::st_shared"]
@@ -134,16 +134,16 @@ ACCESSES = [
         "Write ptx::cp_async_bulk_evict_first",
     ),
     (
-        "Read access at void accumulate_batch<Float16, (unsigned int)1, (unsigned int)1>(unsigned int, const unsigned int (&)[T2], "
-        "unsigned int, float (&)[T2][8])+0x1ba0 in mlp_down.cuh:68",
-        "Read accumulate_batch",
+        "Read access at void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const LaneSegment "
+        "&, float (&)[T1][8]) const+0x1ba0 in activation.cuh:146",
+        "Read ActivationInSharedMemory::accumulate",
     ),
     (
-        "Read access at void accumulate_segment<Float16, (unsigned int)1, (unsigned int)5>(const float (&)[T3][8], const unsigned int "
-        "(&)[T2], unsigned int, unsigned int, float (&)[T2][8])+0x12 in mlp_down.cuh:120",
-        "Read accumulate_segment",
+        "Read access at void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const "
+        "LaneSegment &, float (&)[T1][8]) const+0x12 in activation.cuh:75",
+        "Read ActivationInRegisters::accumulate",
     ),
-    ("Read access at load_segment_sums(unsigned int)+0x2300 in epilogue.cuh:20", "Read load_segment_sums"),
+    ("Read access at sum_segments(unsigned int, unsigned int)+0x2300 in sums.cuh:66", "Read sum_segments"),
     ("Read access at void f<pair<A<int>, (unsigned int)(3)>, B>(pair<A<int>, int>)+0x10 in f.cu:1", "Read f"),
     ("Write access at void <unnamed>::plant<int>(T1 *)+0x10 in f.cu:1", "Write ::plant"),
     # A lambda is its kernel, which is in no explanation.
@@ -164,23 +164,25 @@ def test_function_of_an_access_is_without_arguments(text: str, access: str) -> N
     assert parse_output("racecheck", output).findings == (" / ".join(sorted((access, "Write g"))),)
 
 
-READ_BATCH = "void accumulate_batch<Float16, (unsigned int)1, (unsigned int)1>(unsigned int, float (&)[T2][8])+0x1ba0 in mlp_down.cuh:68"
-READ_STAGE = "void accumulate_segment<Float16, (unsigned int)1, (unsigned int)5>(const float (&)[T3][8])+0x12 in mlp_down.cuh:120"
+FROM_SHARED = "void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x1ba0 in activation.cuh:146"
+FROM_REGISTERS = "void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x12"
+COPY, COPY_ACTIVATION = "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540", "ptx::cp_async_bulk(unsigned int, const void *)+0x25"
+STORE, SEND = "ptx::st_shared(unsigned int, float)+0x1f70", "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10"
 
 
 @pytest.mark.parametrize(
     ("read", "write", "is_explained"),
     [
-        (READ_BATCH, "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        (READ_STAGE, "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        (READ_BATCH, "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        ("ptx::ld_shared(unsigned int)+0xc30 in ptx.cuh:68", "ptx::st_shared(unsigned int, float)+0x1f70 in ptx.cuh:74", True),
-        ("load_segment_sums(unsigned int)+0xc30", "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10", True),
-        # Those that read activations from registers read none from shared memory, and nobody sums what others hand on.
-        (READ_STAGE, "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", False),
-        (READ_BATCH, "ptx::st_shared(unsigned int, float)+0x1f70 in ptx.cuh:74", False),
-        (READ_BATCH, "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10", False),
-        ("load_segment_sums(unsigned int)+0xc30", "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", False),
+        (FROM_SHARED, COPY, True),
+        (FROM_REGISTERS, COPY, True),
+        (FROM_SHARED, COPY_ACTIVATION, True),
+        ("ptx::ld_shared_float(unsigned int)+0xc30 in ptx.cuh:68", STORE, True),
+        ("sum_segments(unsigned int, unsigned int)+0xc30", SEND, True),
+        # Those that have activations in registers read none from shared memory, and who accumulates reads no segment sums.
+        (FROM_REGISTERS, COPY_ACTIVATION, False),
+        (FROM_SHARED, STORE, False),
+        (FROM_SHARED, SEND, False),
+        ("sum_segments(unsigned int, unsigned int)+0xc30", COPY_ACTIVATION, False),
     ],
 )
 def test_hazards_are_explained_by_who_reads_and_who_writes(read: str, write: str, is_explained: bool) -> None:

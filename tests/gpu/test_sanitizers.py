@@ -29,24 +29,24 @@ class Shared:
 
 ORDERED = (
     Shared(
-        readers=("ptx::ld_shared", "accumulate_batch", "accumulate_segment"),
+        readers=("ptx::ld_shared", "ActivationInRegisters::accumulate", "ActivationInSharedMemory::accumulate"),
         writers=("ptx::cp_async_bulk_evict_first",),
-        ordered_by="a stage: full_barriers before the reads, empty_barriers before the copies of the next pass",
+        ordered_by="a stage: its full barrier before the reads, its empty barrier before the copies of the next pass",
     ),
     Shared(
-        readers=("ptx::ld_shared", "accumulate_batch"),
+        readers=("ptx::ld_shared", "ActivationInSharedMemory::accumulate"),
         writers=("ptx::cp_async_bulk",),
-        ordered_by="the activation: activation_barrier",
+        ordered_by="the activation: its barrier",
     ),
     Shared(
-        readers=("ptx::ld_shared", "load_segment_sums"),
+        readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_shared",),
-        ordered_by="partial sums, cluster of one: partials_full before the reads, partials_empty before the stores of the tile 16 later",
+        ordered_by="segment sums, cluster of one: the slot's full barrier before the reads, its empty barrier before the stores of the next pass",
     ),
     Shared(
-        readers=("ptx::ld_shared", "load_segment_sums"),
+        readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_async",),
-        ordered_by="partial sums: bytes counted by partials_full before the reads, partials_empty before the stores of the tile 16 later",
+        ordered_by="segment sums: bytes that the slot's full barrier counts before the reads, its empty barrier before the next pass's stores",
     ),
 )
 # What racecheck may report although it is in order: the pair of accesses -> what orders them.

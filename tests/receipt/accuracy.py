@@ -22,8 +22,9 @@ from mlpdown.bench.measure import native_layer
 from mlpdown.bench.shapes import SHAPES, SHORT_SHAPES, Shape
 from mlpdown.cases import TORCH_DTYPES
 from mlpdown.check import result_bits
+from mlpdown.heuristics import choose_plan
 from mlpdown.json_lines import write_json
-from mlpdown.plan import RTX_5090, choose_plan
+from mlpdown.plan import RTX_5090
 
 
 def measure_accuracy(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
