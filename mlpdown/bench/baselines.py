@@ -47,5 +47,5 @@ def compile_layer(name: str, first_call: Callable[[Layer], object], limit_second
 
 
 def described(error: BaseException) -> str:
-    """An error's kind and first line."""
+    """Kind and first line."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -93,8 +93,7 @@ def row(mode: str, cache_length: int | None, num_tokens: int, passes: list[list[
 
 
 def estimate(samples: list[float]) -> dict[str, Any]:
-    """The median of ``samples``, their quartiles, and the median's 95 % interval between two of them (``low``, ``high``), which assumes
-    nothing of how they are distributed."""
+    """Median and quartiles of ``samples``, and the median's 95 % interval between two of them, whatever their distribution."""
     ordered = sorted(samples)
     # The rank below which the median lies in 2.5 % of cases: each sample is below it with probability one half.
     rank, below = 0, 1

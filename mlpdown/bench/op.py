@@ -87,8 +87,7 @@ def _measure(arguments: argparse.Namespace, cells: list[Any], device: torch.devi
         content["steady_read"] = {"tb_per_s": steady_read(device)}
     rate, begin = steady_rate(content), time.monotonic()
     for position, (shape, dtype) in enumerate(cells):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing without a GPU
         floor_us = shape.weight_bytes / rate / 1e6 if rate else None
         sizes = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim}
         facts, tell = {**sizes, "dtype": dtype, "floor_us": floor_us}, functools.partial(_tell, f"{shape} {dtype}")
@@ -129,6 +128,5 @@ def _print(content: Content, num_rounds: int) -> None:
 
 
 def _tell(label: str, text: str) -> None:
-    """For whoever waits: on a line that is written over, and only on a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty():  # on a line that is written over
         print(f"\r\033[K{label}: {text}", end="\r", file=sys.stderr, flush=True)

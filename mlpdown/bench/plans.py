@@ -5,6 +5,7 @@ A sweep screens a grid of plans in random order, a few samples each, until its t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -36,7 +37,7 @@ STAGES_IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12)
 KINDS = ("chained", "isolated")
 RING = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
 COLUMNS = dict(zip(("cl", "rows", "st", "fl", "warps", "act", "stag"), (*RING, "activation_in_registers", "stagger_rows"), strict=True))
-LEGEND = "cl: cluster size; st: stages; fl: stages (reg.: vectors) in flight; act: activation in registers or shared memory; stag: rows staggered"
+LEGEND = "cl: cluster size; st: stages; fl: stages (or vectors) in flight; act: activation in registers or shared; stag: rows staggered"
 
 
 def grid(intermediate_dim: int, device: Device) -> list[Plan]:
@@ -44,18 +45,15 @@ def grid(intermediate_dim: int, device: Device) -> list[Plan]:
     the activation in shared memory or in registers, shares staggered or not, and clusters where rows are long."""
     plans = [Plan.in_registers(*kernel, num_consumer_warps=warps) for kernel in REGISTERS_KERNELS for warps in CONSUMER_WARPS]
     cluster_sizes = CLUSTER_SIZES if intermediate_dim >= SHORTEST_SPLIT_ROW else CLUSTER_SIZES[:1]
-    rings = itertools.product(cluster_sizes, ROWS_PER_STAGE, STAGES, STAGES_IN_FLIGHT, CONSUMER_WARPS)
-    for ring, in_registers, stagger in itertools.product(rings, (True, False), (0, 1)):
+    members = (cluster_sizes, ROWS_PER_STAGE, STAGES, STAGES_IN_FLIGHT, CONSUMER_WARPS, (True, False), (0, 1))
+    for *ring, in_registers, stagger in itertools.product(*members):
         plans.append(Plan(*ring, activation_in_registers=in_registers, stagger_rows=stagger))
-    return [plan for plan in plans if _fits(plan, intermediate_dim, device)]
-
-
-def _fits(plan: Plan, intermediate_dim: int, device: Device) -> bool:
-    try:
-        check_plan(plan, intermediate_dim, device)
-    except ValueError:
-        return False
-    return True
+    fitting = []
+    for plan in plans:
+        with contextlib.suppress(ValueError):
+            check_plan(plan, intermediate_dim, device)
+            fitting.append(plan)
+    return fitting
 
 
 def variants(plan: Plan) -> dict[str, Plan]:

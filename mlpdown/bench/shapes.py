@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-BYTES_PER_ELEMENT = 2
+from ..plan import BYTES_PER_ELEMENT
 
 
 class Shape(NamedTuple):

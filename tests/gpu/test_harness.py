@@ -134,13 +134,13 @@ ACCESSES = [
         "Write ptx::cp_async_bulk_evict_first",
     ),
     (
-        "Read access at void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const LaneSegment "
-        "&, float (&)[T1][8]) const+0x1ba0 in activation.cuh:146",
+        "Read access at void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const "
+        "LaneSegment &, float (&)[T1][8]) const+0x1ba0 in activation.cuh:146",
         "Read ActivationInSharedMemory::accumulate",
     ),
     (
-        "Read access at void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const "
-        "LaneSegment &, float (&)[T1][8]) const+0x12 in activation.cuh:75",
+        "Read access at void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], "
+        "const LaneSegment &, float (&)[T1][8]) const+0x12 in activation.cuh:75",
         "Read ActivationInRegisters::accumulate",
     ),
     ("Read access at sum_segments(unsigned int, unsigned int)+0x2300 in sums.cuh:66", "Read sum_segments"),
@@ -164,9 +164,10 @@ def test_function_of_an_access_is_without_arguments(text: str, access: str) -> N
     assert parse_output("racecheck", output).findings == (" / ".join(sorted((access, "Write g"))),)
 
 
-FROM_SHARED = "void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x1ba0 in activation.cuh:146"
+FROM_SHARED = "void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x1ba0"
 FROM_REGISTERS = "void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x12"
-COPY, COPY_ACTIVATION = "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540", "ptx::cp_async_bulk(unsigned int, const void *)+0x25"
+COPY = "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540"
+COPY_ACTIVATION = "ptx::cp_async_bulk(unsigned int, const void *)+0x25"
 STORE, SEND = "ptx::st_shared(unsigned int, float)+0x1f70", "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10"
 
 

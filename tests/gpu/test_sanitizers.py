@@ -41,12 +41,12 @@ ORDERED = (
     Shared(
         readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_shared",),
-        ordered_by="segment sums, cluster of one: the slot's full barrier before the reads, its empty barrier before the stores of the next pass",
+        ordered_by="segment sums, cluster of one: the slot's full barrier before the reads, its empty barrier before the next stores",
     ),
     Shared(
         readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_async",),
-        ordered_by="segment sums: bytes that the slot's full barrier counts before the reads, its empty barrier before the next pass's stores",
+        ordered_by="segment sums: bytes that the slot's full barrier counts before the reads, its empty barrier before the next stores",
     ),
 )
 # What racecheck may report although it is in order: the pair of accesses -> what orders them.

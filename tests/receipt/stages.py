@@ -1,4 +1,4 @@
-"""The stages of a receipt: commands with a time limit each, so that a kernel that hangs costs seconds; and what is read from their files."""
+"""The stages of a receipt: commands with a time limit each, so that a kernel that hangs costs seconds; and what their files say."""
 
 from __future__ import annotations
 
