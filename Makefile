@@ -44,7 +44,7 @@ transformers4: $(VENV)/installed
 
 receipt: $(VENV)/installed
 	rm -rf build/receipt
-	$(BIN)/python -m mlpdown.receipt --out build/receipt
+	$(BIN)/python -m tests.receipt --out build/receipt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info native/prebuilt

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from receipt.goldens import GOLDEN_CASES
 
 import mlpdown
 from mlpdown import golden
 from mlpdown.check import result_bits
 from mlpdown.golden import GoldenCase, read_golden
-from mlpdown.receipt_goldens import GOLDEN_CASES
 
 pytestmark = pytest.mark.gpu
 

@@ -27,11 +27,15 @@ _SMI_FIELDS = {
 }
 
 
-def describe() -> dict[str, Any]:
-    """Plain values for a JSON file. What this machine does not have or does not say is None."""
+def describe(commit: str | None = None) -> dict[str, Any]:
+    """Plain values for a JSON file. What this machine does not have or does not say is None. ``commit``: what to say of it, if not what the
+    checkout says: ``-dirty`` behind it if files differ, None outside of a checkout."""
+    folder = Path(mlpdown.__file__).parent.parent
+    if commit is None and (folder / ".git").exists():
+        commit = _ask("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or None
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -42,40 +46,32 @@ def describe() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # nvidia-smi counts all GPUs, torch only those it may see: so it is asked by the GPU's own name.
+        query = [f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits", f"--id=GPU-{properties.uuid}"]
+        values = [value.strip() for value in _ask("nvidia-smi", *query).split(",")]
         facts.update(
             gpu=properties.name,
             compute_capability=f"{properties.major}.{properties.minor}",
             num_sms=properties.multi_processor_count,
             l2_bytes=properties.L2_cache_size,
             memory_bytes=properties.total_memory,
-            **_ask_smi(),
+            **(dict(zip(_SMI_FIELDS.values(), values, strict=True)) if len(values) == len(_SMI_FIELDS) else {}),
         )
     return facts
 
 
-def commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` if files differ from it; None outside of a checkout."""
-    folder = Path(mlpdown.__file__).parent.parent
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return None
-    described = _ask(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
-    return described or None
+def current_device(device: torch.device | None) -> torch.device:
+    """The device to measure on, with its index, and current from now on; by default a GPU where there is one, else the CPU."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
 
 
-def _ask_smi() -> dict[str, str]:
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits", f"--id={_smi_id()}"]
-    values = [value.strip() for value in _ask(query).split(",")]
-    return dict(zip(_SMI_FIELDS.values(), values, strict=True)) if len(values) == len(_SMI_FIELDS) else {}
-
-
-def _smi_id() -> str:
-    # nvidia-smi counts all GPUs, torch only those it may see.
-    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-
-
-def _ask(command: list[str]) -> str:
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

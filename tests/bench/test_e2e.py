@@ -14,13 +14,15 @@ import torch._inductor.config as inductor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mlpdown.ops
-from mlpdown.bench import e2e, e2e_models, e2e_subject
-from mlpdown.bench.e2e_check import CheckError, Oracle
-from mlpdown.bench.e2e_decode import EagerDecoder, LoopDecoder, StaticDecoder, forced_logits, has_inductor_pdl
-from mlpdown.bench.e2e_loop import LoopModel, torch_mlp_down
+from mlpdown import gpt_neox
+from mlpdown.accuracy import CheckError
+from mlpdown.bench import e2e
+from mlpdown.bench.baselines import torch_layer
+from mlpdown.bench.e2e_check import Oracle
+from mlpdown.bench.e2e_decode import EagerDecoder, StaticDecoder, forced_logits, has_inductor_pdl
+from mlpdown.gpt_neox import LoopModel
 
 CPU = torch.device("cpu")
-TINY = e2e_models.SIZES["tiny"]
 PROMPT = torch.tensor([[7, 30, 2, 91, 4]])
 
 
@@ -31,8 +33,8 @@ def run_command(*words: str) -> int:
 
 
 def make(dtype: torch.dtype) -> tuple[Any, LoopModel]:
-    weights = e2e_models.random_weights(TINY, dtype, CPU, seed=3)
-    return e2e_models.build(TINY, weights, 64), LoopModel(weights, TINY.num_heads, 64)
+    model = gpt_neox.random_model(gpt_neox.SIZES["tiny"], dtype, CPU, seed=3)
+    return model, LoopModel(model, 64, torch_layer)
 
 
 def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,20 +64,18 @@ def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: py
     assert content["not_run"] == ["graph, cache of 48, to 16 tokens: a CUDA graph needs a CUDA device"]
     assert content["failed"] == []
     assert "<svg" in plot.read_text()
-    printed = capsys.readouterr().out
-    assert "2 of 2 layers patched" in printed
-    assert printed.index("from float64") < printed.index("ms per output token")
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "USDT" not in captured.err and "Warning" not in captured.err
+    assert "2 of 2 layers patched, backend numba" in printed and "backend numba" in printed[printed.index("PyTorch over mlpdown") :]
+    assert printed.index("from float64") < printed.index("ms a token, medians")
+    assert content["settings"]["backend_taken"] == "numba"
 
 
 @pytest.mark.slow
 def test_compile_mode(tmp_path: Path) -> None:
     results = tmp_path / "e2e.json"
-    assert (
-        run_command(
-            "--modes", "compile", "--tokens", "4,8", "--backend", "numba", "--pairs", "1", "--json", str(results)
-        )
-        == 0
-    )
+    assert run_command("--modes", "compile", "--tokens", "4,8", "--backend", "numba", "--pairs", "1", "--json", str(results)) == 0
     content = json.loads(results.read_text())
     (row,) = content["rows"]
     assert (row["mode"], row["cache_length"], row["num_tokens"]) == ("compile", 48, 8)
@@ -90,14 +90,10 @@ def test_checkpoint_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("wrong", ["no bias", "no residual", "bfloat16 residual"])
-def test_wrong_op_is_never_timed(
-    wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_op_is_never_timed(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = mlpdown.ops.run
 
-    def spoilt(
-        hidden_states: Any, attn_output: Any, mlp_intermediate: Any, weight: Any, bias: Any, **keywords: Any
-    ) -> torch.Tensor:
+    def spoilt(hidden_states: Any, attn_output: Any, mlp_intermediate: Any, weight: Any, bias: Any, **keywords: Any) -> torch.Tensor:
         if wrong == "no bias":
             bias = None
         elif wrong == "no residual":
@@ -111,7 +107,7 @@ def test_wrong_op_is_never_timed(
     assert run_command("--modes", "eager", "--tokens", "4", "--json", str(results)) == 1
     assert not results.exists()
     captured = capsys.readouterr()
-    assert "ms per output token" not in captured.out
+    assert "a token" not in captured.out
     assert "transformers: patched logits are" in captured.err and "from float64, must be at most" in captured.err
 
 
@@ -120,9 +116,35 @@ def test_arguments_that_do_not_go_together(capsys: pytest.CaptureFixture[str], t
     assert "--model and --size exclude each other" in capsys.readouterr().err
     assert run_command("--backend", "cuda") == 2
     assert "backend 'cuda' cannot run here: there is none of that name" in capsys.readouterr().err
-    for words in (["--modes", "quick"], ["--tokens", "0"], ["--pairs", "-1"]):
-        with pytest.raises(SystemExit):
-            run_command(*words)
+    for words, message in ((["--modes", "quick"], "--modes must be some of graph,"), (["--tokens", "0"], "--tokens must be positive")):
+        assert run_command(*words) == 2
+        assert message in capsys.readouterr().err
+    assert run_command("--model", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unreachable(*arguments: Any) -> None:
+        raise OSError("no network today")
+
+    monkeypatch.setattr(gpt_neox.socket, "getaddrinfo", unreachable)
+    begin = time.monotonic()
+    assert run_command("--model", "nobody/has-such-a-model") == 2
+    assert time.monotonic() - begin < 5
+    assert "cannot be reached (no network today), got nobody/has-such-a-model" in capsys.readouterr().err
+
+
+def test_another_family_is_refused_before_its_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    assert run_command("--model", str(tmp_path)) == 2
+    assert "--model must be a GPT-NeoX with parallel residual, got a llama" in capsys.readouterr().err
+
+
+def test_mode_that_cannot_run_leaves_no_empty_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--modes", "graph", "--tokens", "4") == 1
+    printed = capsys.readouterr().out
+    assert "not run: graph" in printed and "pairs" not in printed
+    assert "native is not taken: " in printed, "auto says why it does not take the better backend"
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
@@ -133,13 +155,11 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     assert len(content["not_run"]) == 1 and content["not_run"][0].startswith("loop, to 8 tokens: ")
 
 
-def test_mode_that_fails_costs_only_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mode_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(e2e_subject, "StaticDecoder", fail)
+    monkeypatch.setattr(e2e, "StaticDecoder", fail)
     results = tmp_path / "e2e.json"
     assert run_command("--modes", "compile,loop", "--tokens", "4", "--pairs", "1", "--json", str(results)) == 1
     content = json.loads(results.read_text())
@@ -149,18 +169,16 @@ def test_mode_that_fails_costs_only_itself(
 
 
 def test_compiler_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(e2e_subject, "StaticDecoder", lambda *arguments, **keywords: time.sleep(30))
+    monkeypatch.setattr(e2e, "StaticDecoder", lambda *arguments, **keywords: time.sleep(30))
     monkeypatch.setattr(e2e, "BUILD_LIMIT_SECONDS", 0.1)
     results = tmp_path / "e2e.json"
     assert run_command("--modes", "compile", "--tokens", "4", "--json", str(results)) == 1
-    assert "building was given up" in json.loads(results.read_text())["failed"][0]
+    assert "TimeLimitExpired: not done in 0.1 s" in json.loads(results.read_text())["failed"][0]
 
 
 @pytest.mark.skipif(not has_inductor_pdl(), reason="this torch's compiler does not know dependent launch")
 @pytest.mark.parametrize("pdl", [False, True])
-def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(
-    pdl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: list[bool] = []
     monkeypatch.setattr(StaticDecoder, "_warm_up", lambda decoder: settings.append(inductor.triton.enable_pdl))
     with inductor.patch({"triton.enable_pdl": not pdl}):
@@ -168,9 +186,7 @@ def test_compiler_writes_dependent_launch_where_it_is_asked_to_and_only_there(
         assert settings == [pdl] and inductor.triton.enable_pdl is not pdl
 
 
-def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_dependent_launch_of_compiled_kernels_is_not_run_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = tmp_path / "e2e.json"
     words = ["--modes", "compile-pdl", "--tokens", "4", "--json", str(results)]
     assert run_command(*words) == 1, "nothing could run"
@@ -202,9 +218,10 @@ def test_what_is_decoded_first_comes_first() -> None:
 @pytest.mark.parametrize("is_patched", [False, True])
 def test_static_step_reads_no_value(is_patched: bool) -> None:
     """While a CUDA graph is captured nobody can wait for a value; a fake tensor has none."""
-    weights = e2e_models.random_weights(TINY, torch.float16, CPU, seed=3)
+    real, _ = make(torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = e2e_models.build(TINY, {name: torch.empty_like(tensor) for name, tensor in weights.items()}, 64)
+        weights = {name: torch.empty_like(tensor) for name, tensor in real.state_dict().items()}
+        model = gpt_neox.assemble(type(real), real.config, weights)
         if is_patched:
             mlpdown.patch(model, backend="torch")
         decoder = StaticDecoder(model, torch.zeros(1, 5, dtype=torch.long), 32, compile=False, graph=False)
@@ -216,25 +233,25 @@ def test_static_step_reads_no_value(is_patched: bool) -> None:
 @torch.no_grad()
 def test_hand_written_loop_is_gpt_neox() -> None:
     model, loop = make(torch.float32)
-    tokens = torch.randint(TINY.vocabulary, (20,))
-    expected = model(tokens[None], use_cache=False).logits[0]
-    prefill = loop.forward(tokens[:12], 0, torch_mlp_down)
-    steps = [loop.forward(tokens[index : index + 1], index, torch_mlp_down) for index in range(12, 20)]
-    torch.testing.assert_close(torch.cat((prefill, *steps)), expected, rtol=1e-4, atol=1e-6)
+    tokens = torch.randint(256, (1, 20))
+    expected = model(tokens, use_cache=False).logits
+    prefill = loop(tokens[:, :12])
+    steps = [loop(tokens[:, index : index + 1], index) for index in range(12, 20)]
+    torch.testing.assert_close(torch.cat((prefill, *steps), 1), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="position must be 0 where several tokens come at once, got 3 with 2 tokens"):
-        loop.forward(tokens[:2], 3, torch_mlp_down)
+        loop(tokens[:, :2], 3)
 
 
 def test_every_decoder_decodes_the_same_tokens_again_after_rewind() -> None:
     model, loop = make(torch.float16)
-    patched = e2e_models.twin(model)
+    patched = gpt_neox.twin(model)
     mlpdown.patch(patched, backend="torch")
     decoders = [
         EagerDecoder(model, PROMPT),
         EagerDecoder(patched, PROMPT),
         StaticDecoder(model, PROMPT, 32, compile=False, graph=False),
         StaticDecoder(patched, PROMPT, 32, compile=False, graph=False),
-        LoopDecoder(loop, PROMPT, torch_mlp_down),
+        EagerDecoder(loop, PROMPT),
     ]
     expected = model.generate(
         PROMPT,
@@ -254,7 +271,7 @@ def test_every_decoder_decodes_the_same_tokens_again_after_rewind() -> None:
 
 def test_twin_shares_weights_and_nothing_else() -> None:
     model, _ = make(torch.float16)
-    twin = e2e_models.twin(model)
+    twin = gpt_neox.twin(model)
     mlpdown.patch(twin, backend="torch")
     assert mlpdown.unpatch(model) == 0
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -290,7 +307,7 @@ def test_token_that_float64_would_not_say_needs_a_reason() -> None:
     logits = forced_logits(model, PROMPT, continuation)
     oracle.check_logits("own", logits, logits)
     check = oracle.check_tokens("alike", Recited(own), Recited(list(own)), 6)
-    assert check.num_alike == 6 and check.stock == check.patched == 0
+    assert check["num_alike"] == 6 and check["stock"] == check["patched"] == 0
 
     far = int(oracle.exact[2].argmin())
     with pytest.raises(CheckError, match="far: .* 3 of 6 alike: rounding does not explain that"):
@@ -300,7 +317,7 @@ def test_token_that_float64_would_not_say_needs_a_reason() -> None:
         oracle.check_tokens("first", *(Recited([own[0] + 1, *own[1:]]) for _ in range(2)), 6)
     oracle.largest_error = 100.0  # of a model that errs more than any two logits are apart
     check = oracle.check_tokens("near", Recited(own), Recited([*own[:3], far, 0, 0]), 6)
-    assert check.num_alike == 3 and 0 == check.stock < check.patched < 200
+    assert check["num_alike"] == 3 and 0 == check["stock"] < check["patched"] < 200
 
 
 def test_not_finite_logits_are_no_logits() -> None:

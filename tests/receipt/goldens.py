@@ -1,4 +1,4 @@
-"""``python -m mlpdown.receipt_goldens --out mlpdown/goldens`` makes the goldens (``mlpdown/golden.py``) on a GPU."""
+"""``python -m tests.receipt.goldens --out mlpdown/goldens`` makes the goldens (``mlpdown/golden.py``) on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from .golden import Golden, GoldenCase
+import torch
+
+import mlpdown
+from mlpdown.check import result_bits
+from mlpdown.golden import Golden, GoldenCase
 
 # Cancelling inputs without residuals show every change of order; ragged sizes leave segments, lanes and tiles partly empty.
 GOLDEN_CASES = tuple(
@@ -25,17 +29,9 @@ GOLDEN_CASES = tuple(
 
 def main() -> int:
     """Make every golden on this GPU. Returns 1 if one differs from the specification (it is written all the same), 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlpdown.receipt_goldens", description="Make the goldens on this machine's GPU."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.receipt.goldens", description="Make the goldens on this machine's GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for them")
     arguments = parser.parse_args()
-    import torch
-
-    import mlpdown
-
-    from .check import result_bits
-
     status = mlpdown.backends()["native"]
     if not status.available:
         print(f"goldens need the native kernel: {status.reason}", file=sys.stderr)

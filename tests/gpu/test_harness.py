@@ -4,105 +4,77 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from gpu import harness, weight_writer
-from gpu.harness import RingCase, parse_output, racecheck_ring_cases, ring_cases
-from gpu.test_sanitizers import unexplained
 
-from mlpdown.bench import yardstick
-from mlpdown.bench.cuda_program import compile_cuda
+from gpu import harness, weight_writer
+from gpu.harness import parse_output
+from gpu.harness_cases import RACECHECK_CASES, REGISTERS_CASES, RING_CASES, TENSORS, HarnessCase
+from gpu.test_sanitizers import unexplained
+from mlpdown.bench import read_only
 from mlpdown.jit import BuildError
-from mlpdown.plan import (
-    CLUSTER_SIZES,
-    H200,
-    NUM_LANES,
-    NUM_SEGMENTS,
-    VECTOR_SIZE,
-    VECTORS_IN_REGISTERS,
-    check_plan,
-    instantiation,
-    shared_memory_bytes,
-)
+from mlpdown.jit.program import compile_cuda
+from mlpdown.plan import CLUSTER_SIZES, H200, Plan, check_plan, shared_memory_bytes
 
 NUM_PARTIAL_SLOTS = 16
 THREADS_PER_SM = 2048
-MIB = 2**20
+RESERVED_BYTES_PER_CTA = 1024
 
 
-def most_ctas_per_sm(case: RingCase) -> int:
-    """By shared memory and threads; registers may leave fewer."""
-    reserved = 1024  # of shared memory, for each CTA
-    by_memory = (H200.shared_memory_per_block + reserved) // (shared_memory_bytes(case.plan, case.intermediate_dim) + reserved)
-    return min(by_memory, THREADS_PER_SM // (32 * (2 + case.plan.num_consumer_warps)))
-
-
-def fewest_tiles(case: RingCase) -> int:
-    """That any cluster of a launch walks on an H200."""
-    num_clusters = min(case.hidden_dim, H200.num_sms * most_ctas_per_sm(case) // case.plan.cluster_size)
-    rows = case.hidden_dim // num_clusters
+def num_passes(case: HarnessCase) -> int:
+    """The fewest stages that a cluster of a launch walks on an H200, by shared memory and threads; registers may leave more."""
+    by_memory = (H200.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // (
+        shared_memory_bytes(case.plan, case.intermediate_dim) + RESERVED_BYTES_PER_CTA
+    )
+    ctas_per_sm = min(by_memory, THREADS_PER_SM // (32 * (2 + case.plan.num_consumer_warps)))
+    rows = case.hidden_dim // min(case.hidden_dim, H200.num_sms * ctas_per_sm // case.plan.cluster_size)
     if case.plan.stagger_rows < rows:
         rows -= case.plan.stagger_rows
     return -(-rows // case.plan.rows_per_stage)
 
 
-def ring_wraps(case: RingCase) -> bool:
-    return fewest_tiles(case) > case.plan.num_stages
+def wraps(case: HarnessCase) -> bool:
+    """The ring is filled anew, and so are the slots for partial sums."""
+    return num_passes(case) > max(case.plan.num_stages, NUM_PARTIAL_SLOTS)
 
 
-def slots_wrap(case: RingCase) -> bool:
-    return fewest_tiles(case) > NUM_PARTIAL_SLOTS
-
-
-def has_ragged_lanes(case: RingCase) -> bool:
-    """Some lanes have a vector fewer than others."""
-    return case.intermediate_dim % (NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE) != 0
-
-
-def staggers(case: RingCase) -> bool:
-    return 0 < case.plan.stagger_rows < fewest_tiles(case) * case.plan.rows_per_stage
-
-
-def test_harness_cases_have_plans_that_run() -> None:
-    for case in [*ring_cases(), *racecheck_ring_cases()]:
+def test_cases_have_plans_that_run() -> None:
+    for case in (*RING_CASES, *REGISTERS_CASES, *RACECHECK_CASES):
         check_plan(case.plan, case.intermediate_dim, H200)
 
 
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
-def test_harness_wraps_ring_and_slots_in_every_cluster_size(cluster_size: int) -> None:
-    cases = [case for case in ring_cases() if case.plan.cluster_size == cluster_size and not case.plan.activation_in_registers]
-    assert any(ring_wraps(case) and slots_wrap(case) for case in cases)
+@pytest.mark.parametrize("cases", [RING_CASES, RACECHECK_CASES], ids=["all tools", "racecheck"])
+def test_ring_and_slots_wrap_in_every_kind_of_ring(cases: tuple[HarnessCase, ...]) -> None:
+    wrapping = [case.plan for case in cases if not case.plan.rows_in_registers and wraps(case)]
+    assert {plan.cluster_size for plan in wrapping} == set(CLUSTER_SIZES)
+    assert {plan.activation_in_registers for plan in wrapping} == {False, True}
+    assert any(plan.stagger_rows for plan in wrapping)
 
 
-@pytest.mark.parametrize("rows_per_stage", VECTORS_IN_REGISTERS)
-def test_harness_wraps_ring_and_slots_beside_activations_in_registers(rows_per_stage: int) -> None:
-    cases = [case for case in ring_cases() if case.plan.activation_in_registers and case.plan.rows_per_stage == rows_per_stage]
-    wrapping = [case for case in cases if ring_wraps(case) and slots_wrap(case)]
-    assert {has_ragged_lanes(case) for case in wrapping} == {False, True}
-    assert any(case.plan.num_consumer_warps == 2 * NUM_SEGMENTS for case in wrapping), "two groups of warps"
+def test_racecheck_cases_are_few() -> None:
+    assert len(RACECHECK_CASES) <= 12
+    assert all(num_passes(case) > case.plan.num_stages for case in RACECHECK_CASES if not case.plan.rows_in_registers)
 
 
-def test_harness_staggers_rings_that_are_prefetched() -> None:
-    assert any(staggers(case) and case.plan.weight_prefetch and slots_wrap(case) for case in ring_cases())
-
-
-def test_harness_has_the_most_activations_that_fit_in_registers() -> None:
-    assert max(VECTORS_IN_REGISTERS.values()) in {instantiation(case.plan, case.intermediate_dim)[2] for case in ring_cases()}
-
-
-def test_racecheck_cases_are_few_and_wrap() -> None:
-    cases = racecheck_ring_cases()
-    assert all(ring_wraps(case) for case in cases)
-    assert {case.plan.cluster_size for case in cases if slots_wrap(case)} == set(CLUSTER_SIZES)
-    assert {case.plan.activation_in_registers for case in cases if slots_wrap(case)} == {False, True}
-    assert any(staggers(case) for case in cases)
-
-
-def test_a_line_that_is_no_case_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(harness.__file__).with_name(harness.SOURCE).read_text().replace("kNoPrefetch, 1}}", "kNoPrefetch, yes}}")
-    (tmp_path / harness.SOURCE).write_text(source)
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
-    with pytest.raises(ValueError, match="not understood in kCases"):
-        harness.read_cases("kCases")
+@pytest.mark.parametrize("is_partial_sums", [False, True])
+def test_case_is_written_as_the_harness_reads_it(is_partial_sums: bool, tmp_path: Path) -> None:
+    case = HarnessCase(200, 64, "bfloat16", Plan(1, 2, 4, 3, 8), ("attn_output",), is_partial_sums)
+    case.write(tmp_path / "case", num_calls=1)
+    line, _, bits = (tmp_path / "case").read_bytes().partition(b"\n")
+    values = {name: int(value) for name, value in (word.split("=") for word in line.decode().split())}
+    assert (values["hidden_dim"], values["intermediate_dim"], values["is_bfloat16"], values["num_calls"]) == (200, 64, 1, 1)
+    assert (values["rows_per_stage"], values["num_stages"], values["dependent_launch"]) == (2, 4, 1)
+    assert values["weight_bytes"] == 200 * 64 * 2 and values["attn_output_bytes"] == 0
+    assert values["hidden_states_bytes"] == values["bias_bytes"] == (0 if is_partial_sums else 400)
+    assert len(bits) == sum(values[f"{name}_bytes"] for name in TENSORS)
+    expected = case.make()[1]
+    assert values["out_bytes"] == len(expected) == 200 * (4 if is_partial_sums else 2)
+    Path(f"{tmp_path}/case.out").write_bytes(expected)
+    assert case.num_wrong(tmp_path / "case") == 0
+    flipped = np.frombuffer(expected, np.uint8).copy()
+    flipped[-1] ^= 1
+    Path(f"{tmp_path}/case.out").write_bytes(flipped.tobytes())
+    assert case.num_wrong(tmp_path / "case") == 1
 
 
 def test_findings_of_memcheck_are_counted() -> None:
@@ -135,8 +107,8 @@ def test_hazards_of_racecheck_are_told_apart_by_their_pair_of_accesses() -> None
 =========     and Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x4580 in ptx.cuh:178 [3333120 hazards]
 =========
 ========= Error: Race reported between Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80
-=========     and Read access at ptx::ld_shared(unsigned int)+0x2300 in ptx.cuh:74 [2496 hazards]
-=========     and Read access at ptx::ld_shared(unsigned int)+0x2310 in ptx.cuh:74 [2496 hazards]
+=========     and Read access at ptx::ld_shared_float(unsigned int)+0x2300 in ptx.cuh:74 [2496 hazards]
+=========     and Read access at ptx::ld_shared_float(unsigned int)+0x2310 in ptx.cuh:74 [2496 hazards]
 =========     and Write access at ptx::st_shared(unsigned int, float)+0x1bc0 in ptx.cuh:80 [8 hazards]
 =========
 ========= Error: Race reported between Write access at ptx::cp_async_bulk(unsigned int, const void *)+0x53a0 in ptx.cuh:178
@@ -147,7 +119,7 @@ def test_hazards_of_racecheck_are_told_apart_by_their_pair_of_accesses() -> None
     verdict = parse_output("racecheck", output)
     assert verdict.findings == (
         "Read ptx::ld_shared / Write ptx::cp_async_bulk",
-        "Read ptx::ld_shared / Write ptx::st_shared",
+        "Read ptx::ld_shared_float / Write ptx::st_shared",
         "Write ptx::st_shared / Write ptx::st_shared",
     )
     assert unexplained(verdict) == ["Write ptx::st_shared / Write ptx::st_shared"]
@@ -162,16 +134,16 @@ ACCESSES = [
         "Write ptx::cp_async_bulk_evict_first",
     ),
     (
-        "Read access at void accumulate_batch<Float16, (unsigned int)1, (unsigned int)1>(unsigned int, const unsigned int (&)[T2], "
-        "unsigned int, float (&)[T2][8])+0x1ba0 in mlp_down.cuh:68",
-        "Read accumulate_batch",
+        "Read access at void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], const "
+        "LaneSegment &, float (&)[T1][8]) const+0x1ba0 in activation.cuh:146",
+        "Read ActivationInSharedMemory::accumulate",
     ),
     (
-        "Read access at void accumulate_segment<Float16, (unsigned int)1, (unsigned int)5>(const float (&)[T3][8], const unsigned int "
-        "(&)[T2], unsigned int, unsigned int, float (&)[T2][8])+0x12 in mlp_down.cuh:120",
-        "Read accumulate_segment",
+        "Read access at void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1], "
+        "const LaneSegment &, float (&)[T1][8]) const+0x12 in activation.cuh:75",
+        "Read ActivationInRegisters::accumulate",
     ),
-    ("Read access at load_segment_sums(unsigned int)+0x2300 in epilogue.cuh:20", "Read load_segment_sums"),
+    ("Read access at sum_segments(unsigned int, unsigned int)+0x2300 in sums.cuh:66", "Read sum_segments"),
     ("Read access at void f<pair<A<int>, (unsigned int)(3)>, B>(pair<A<int>, int>)+0x10 in f.cu:1", "Read f"),
     ("Write access at void <unnamed>::plant<int>(T1 *)+0x10 in f.cu:1", "Write ::plant"),
     # A lambda is its kernel, which is in no explanation.
@@ -192,23 +164,26 @@ def test_function_of_an_access_is_without_arguments(text: str, access: str) -> N
     assert parse_output("racecheck", output).findings == (" / ".join(sorted((access, "Write g"))),)
 
 
-READ_BATCH = "void accumulate_batch<Float16, (unsigned int)1, (unsigned int)1>(unsigned int, float (&)[T2][8])+0x1ba0 in mlp_down.cuh:68"
-READ_STAGE = "void accumulate_segment<Float16, (unsigned int)1, (unsigned int)5>(const float (&)[T3][8])+0x12 in mlp_down.cuh:120"
+FROM_SHARED = "void ActivationInSharedMemory<Float16>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x1ba0"
+FROM_REGISTERS = "void ActivationInRegisters<Float16, (unsigned int)5>::accumulate<(unsigned int)1>(const unsigned int (&)[T1]) const+0x12"
+COPY = "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540"
+COPY_ACTIVATION = "ptx::cp_async_bulk(unsigned int, const void *)+0x25"
+STORE, SEND = "ptx::st_shared(unsigned int, float)+0x1f70", "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10"
 
 
 @pytest.mark.parametrize(
     ("read", "write", "is_explained"),
     [
-        (READ_BATCH, "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        (READ_STAGE, "ptx::cp_async_bulk_evict_first(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        (READ_BATCH, "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", True),
-        ("ptx::ld_shared(unsigned int)+0xc30 in ptx.cuh:68", "ptx::st_shared(unsigned int, float)+0x1f70 in ptx.cuh:74", True),
-        ("load_segment_sums(unsigned int)+0xc30", "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10", True),
-        # Those that read activations from registers read none from shared memory, and nobody sums what others hand on.
-        (READ_STAGE, "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", False),
-        (READ_BATCH, "ptx::st_shared(unsigned int, float)+0x1f70 in ptx.cuh:74", False),
-        (READ_BATCH, "ptx::st_async(ptx::ClusterAddress, float, ptx::ClusterAddress)+0x10", False),
-        ("load_segment_sums(unsigned int)+0xc30", "ptx::cp_async_bulk(unsigned int, const void *)+0x2540 in ptx.cuh:182", False),
+        (FROM_SHARED, COPY, True),
+        (FROM_REGISTERS, COPY, True),
+        (FROM_SHARED, COPY_ACTIVATION, True),
+        ("ptx::ld_shared_float(unsigned int)+0xc30 in ptx.cuh:68", STORE, True),
+        ("sum_segments(unsigned int, unsigned int)+0xc30", SEND, True),
+        # Those that have activations in registers read none from shared memory, and who accumulates reads no segment sums.
+        (FROM_REGISTERS, COPY_ACTIVATION, False),
+        (FROM_SHARED, STORE, False),
+        (FROM_SHARED, SEND, False),
+        ("sum_segments(unsigned int, unsigned int)+0xc30", COPY_ACTIVATION, False),
     ],
 )
 def test_hazards_are_explained_by_who_reads_and_who_writes(read: str, write: str, is_explained: bool) -> None:
@@ -233,7 +208,7 @@ def test_compile_error_of_a_test_program_names_the_first_error(tmp_path: Path, m
     assert not list((tmp_path / "cache").glob("*.program"))
 
 
-@pytest.mark.parametrize(("name", "files"), [("yardstick", yardstick.source_files()), ("weight-writer", weight_writer.source_files())])
+@pytest.mark.parametrize(("name", "files"), [("read-only", read_only.source_files()), ("weight-writer", weight_writer.source_files())])
 def test_small_programs_compile(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLPDOWN_CACHE_DIR", str(tmp_path / "cache"))
     library = compile_cuda(name, files, list(files), shared=True, built_targets=("sm_90",))

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpdown import golden, receipt_goldens, reference
+from mlpdown import golden, reference
 from mlpdown.golden import Golden, GoldenCase, read_golden
-from mlpdown.receipt_goldens import GOLDEN_CASES
+from receipt import goldens as receipt_goldens
+from receipt.goldens import GOLDEN_CASES
 
 FOLDER = Path(golden.__file__).parent / "goldens"
 SMALL = GoldenCase(24, 64, "bfloat16", "cancelling", 5)
 
 
 def test_every_golden_is_there() -> None:
-    """Made on a GPU by ``python -m mlpdown.receipt_goldens --out mlpdown/goldens``."""
+    """Made on a GPU by ``python -m tests.receipt.goldens --out mlpdown/goldens``."""
     assert {path.name for path in FOLDER.glob("*.json")} == {case.file_name for case in GOLDEN_CASES}
 
 
