@@ -1,77 +1,132 @@
-"""The checks are themselves tested: a kernel with one place changed must be caught, by the check that is meant for it."""
+"""The checks are themselves tested: a kernel with one place changed must be caught, or stand in a list with the reason why it is not."""
 
 from __future__ import annotations
 
+import functools
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
-from mlpdown.plan import H200, Plan, check_plan, instantiation
+from mlpdown.plan import H200, Plan, check_plan
 
 from .build import HERE, NATIVE
-from .cases import assert_same_bits, expected_bits, expected_partial_sums
-from .conftest import NUM_SCHEDULES
-from .faults import FAULTS, WRAPS, Fault
-from .launch import Inputs, Kernel, ProtocolViolation
+from .faults import (
+    FAULTS,
+    INSTANTIATIONS,
+    RING,
+    SETTINGS,
+    WRAPS,
+    ChangedKernels,
+    Failure,
+    Setting,
+    run_apart,
+    try_once,
+    write_faults,
+)
+from .launch import Kernel
+from .mutants import Mutant, find_mutants, write_mutants
+from .survivors import SURVIVORS
+
+MUTANTS = find_mutants(NATIVE)
+OPERATORS = sorted({mutant.operator for mutant in MUTANTS})
+NUM_SCHEDULES = 2  # of each setting that reaches a mutant; the first catches nearly all that can be caught
+MOST_SCHEDULES = 1000  # for a fault that has to fail in one check, not another
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    native = tmp_path / "native"
-    shutil.copytree(NATIVE, native)
-    sources = [*native.glob("*.cuh"), *native.glob("*.h")]
-    places = [path for path in sources for _ in range(path.read_text().count(fault.old))]
-    assert len(places) == 1, f"the text to change stands in {places}: bring faults.py up to the kernel"
-    places[0].write_text(places[0].read_text().replace(fault.old, fault.new))
-
-    plan = fault.plan
-    kernel = (
-        Kernel([], (plan.rows_in_registers,), native, optimise=False)
-        if plan.rows_in_registers
-        else Kernel([instantiation(plan, fault.inputs.mlp_intermediate.size)], (), native, optimise=False)
-    )
-
-    def what_fails(seed: int) -> tuple[str, str]:
-        return _what_fails(kernel, fault.inputs, plan, seed, fault.num_clusters, fault.is_partial_sums)
-
-    caught: dict[str, str] = {}
-    for seed in range(NUM_SCHEDULES):
-        check, report = what_fails(seed)
-        caught.setdefault(check, report)
-        if check == fault.check:
-            assert what_fails(seed) == (check, report), "a failing seed must replay exactly"
-            break
-    assert fault.check in caught, f"in {NUM_SCHEDULES} schedules, only these checks failed: {caught}"
-    print(f"{fault.name}: caught in schedule {seed}: {caught[fault.check]}")
+@pytest.fixture(scope="module")
+def plain() -> Kernel:
+    return Kernel(*INSTANTIATIONS, optimise=False)
 
 
-def _what_fails(
-    kernel: Kernel, inputs: Inputs, plan: Plan, seed: int, num_clusters: int = 1, is_partial_sums: bool = False
-) -> tuple[str, str]:
-    try:
-        out, _ = kernel.launch(inputs, plan, seed=seed, num_clusters=num_clusters, is_partial_sums=is_partial_sums)
-        assert_same_bits(out, expected_partial_sums(inputs) if is_partial_sums else expected_bits(inputs), str(plan))
-    except ProtocolViolation as violation:
-        return violation.check, str(violation)
-    except AssertionError as difference:
-        return "wrong bits", str(difference)
-    return "none", ""
+@pytest.fixture(scope="module")
+def plain_failure(plain: Kernel) -> Failure | None:
+    """What goes wrong with the kernels as they stand."""
+    failures = run_apart([functools.partial(try_once, plain, setting, 0) for setting in SETTINGS.values()])
+    return next(filter(None, failures), None)
 
 
-def test_a_refused_plan_goes_wrong(kernel: Kernel) -> None:
-    """Two groups of warps over three stages: each sees only every other pass over a stage."""
-    plan = Plan(8, 1, num_stages=3, stages_in_flight=3, num_consumer_warps=2)
-    with pytest.raises(ValueError, match="num_consumer_warps"):
-        check_plan(plan, WRAPS.mlp_intermediate.size, H200)
-    assert "unfilled read" in {_what_fails(kernel, WRAPS, plan, seed)[0] for seed in range(20)}
+@pytest.fixture(scope="module")
+def _sound(plain_failure: Failure | None) -> None:
+    if plain_failure:
+        pytest.skip(f"the kernels as they stand fail: {plain_failure.report}")
 
 
-def test_every_check_has_a_fault() -> None:
+@pytest.fixture(scope="module")
+def mutants(_sound: None, tmp_path_factory: pytest.TempPathFactory) -> ChangedKernels:
+    native = tmp_path_factory.mktemp("mutants") / "native"
+    write_mutants(NATIVE, MUTANTS, native)
+    return ChangedKernels(native, len(MUTANTS))
+
+
+@pytest.fixture(scope="module")
+def failures(mutants: ChangedKernels) -> dict[Mutant, Failure | None]:
+    return dict(zip(MUTANTS, mutants.first_failures(enumerate(mutants.reaching), NUM_SCHEDULES), strict=True))
+
+
+@pytest.fixture(scope="module")
+def faults(_sound: None, tmp_path_factory: pytest.TempPathFactory) -> ChangedKernels:
+    native = tmp_path_factory.mktemp("faults") / "native"
+    write_faults(NATIVE, native)
+    return ChangedKernels(native, len(FAULTS))
+
+
+def test_the_kernels_as_they_stand_pass(plain_failure: Failure | None) -> None:
+    if plain_failure:
+        pytest.fail(f"ProtocolViolation: {plain_failure.report}", pytrace=False)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_mutants_are_caught_or_listed(
+    mutants: ChangedKernels, failures: dict[Mutant, Failure | None], operator: str
+) -> None:
+    wrong = []
+    for (mutant, failure), reaching in zip(failures.items(), mutants.reaching, strict=True):
+        if mutant.operator == operator and (failure is None) != (mutant.key in SURVIVORS):
+            outcome = (
+                failure.report.splitlines()[0]
+                if failure
+                else f"survives {', '.join(reaching) or 'without being reached'}"
+            )
+            wrong.append(f"{mutant.file}:{mutant.line}: {mutant.key!r}: {outcome}")
+    assert not wrong, "mutants that survive and are not listed, or are listed and are caught:\n" + "\n".join(wrong)
+
+
+def test_every_listed_survivor_is_a_mutant() -> None:
+    keys = [mutant.key for mutant in MUTANTS]
+    assert len(set(keys)) == len(keys)
+    assert SURVIVORS.keys() <= set(keys)
+
+
+@pytest.mark.slow
+def test_listed_survivors_survive_many_schedules(mutants: ChangedKernels) -> None:
+    listed = [idx for idx, mutant in enumerate(MUTANTS) if mutant.key in SURVIVORS]
+    failures = mutants.first_failures([(idx, mutants.reaching[idx]) for idx in listed], 100)
+    caught = [f"{MUTANTS[idx]}: {failure.report}" for idx, failure in zip(listed, failures, strict=True) if failure]
+    assert not caught, "\n".join(caught)
+
+
+@pytest.mark.parametrize("idx", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
+def test_planted_fault_is_caught(faults: ChangedKernels, idx: int) -> None:
+    change, check = (idx, [FAULTS[idx].setting]), FAULTS[idx].check
+    caught, again = faults.first_failures([change, change], MOST_SCHEDULES, check)
+    assert caught is not None and caught.check == check, f"never {check}, but {faults.first_failures([change], 1)}"
+    assert caught == again, "a failing seed must replay exactly"
+
+
+def test_every_check_has_failed(failures: dict[Mutant, Failure | None]) -> None:
     sources = "".join(path.read_text() for path in HERE.glob("*.cpp"))
     checks = set(re.findall(r'fail\("([^"]+)"', sources)) | set(
         re.findall(r'\? "([\w ]+)" : "([\w ]+)", report', sources)[0]
     )
     assert len(checks) > 20
-    assert {fault.check for fault in FAULTS} == checks | {"wrong bits"}
+    failed = {failure.check for failure in failures.values() if failure} | {fault.check for fault in FAULTS}
+    assert failed - {"wrong bits", "prefetch", "refused", "endless", "crash"} == checks
+
+
+def test_a_refused_plan_goes_wrong(plain: Kernel) -> None:
+    """Two groups of warps over three stages: each sees only every other pass over a stage."""
+    plan = Plan(RING.cluster_size, RING.rows_per_stage, num_stages=3, stages_in_flight=3, num_consumer_warps=4)
+    with pytest.raises(ValueError, match="num_consumer_warps"):
+        check_plan(plan, WRAPS.mlp_intermediate.size, H200)
+    failures = [try_once(plain, Setting(plan, WRAPS), seed) for seed in range(20)]
+    assert "unfilled read" in {failure.check for failure in failures if failure}
