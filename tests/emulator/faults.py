@@ -1,207 +1,18 @@
-"""Kernels with one place changed, the launches that try them, and the faults that operators cannot make."""
+"""Faults that no operator makes, each with the check that is there to notice it."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import faulthandler
-import functools
-import os
-import pickle
-import resource
 import shutil
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
 
-import numpy.typing as npt
-
-from mlpdown.plan import Plan, instantiation
-
-from .build import build
-from .cases import assert_same_bits, expected_bits, expected_partial_sums, make_inputs, make_negative_zeros
-from .launch import Inputs, Kernel, ProtocolViolation
-from .mutants import ENDLESS_STATUS, write_switch
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A launch that a changed kernel is tried with. ``prefetched_bytes``: so many, if earlier grids end as late as can be."""
-
-    plan: Plan
-    inputs: Inputs
-    num_clusters: int = 1
-    is_partial_sums: bool = False
-    prefetched_bytes: int | None = None
-
-    @functools.cached_property
-    def expected(self) -> npt.NDArray[Any]:
-        return expected_partial_sums(self.inputs) if self.is_partial_sums else expected_bits(self.inputs)
-
-
-class Failure(NamedTuple):
-    """A launch that went wrong: ``check`` is the emulator's, or wrong bits, prefetch, refused, endless or crash."""
-
-    check: str
-    report: str
-
-
-def try_once(kernel: Kernel, setting: Setting, seed: int) -> Failure | None:
-    """One launch, held to the specification's bits."""
-    try:
-        out, statistics = kernel.launch(
-            setting.inputs,
-            setting.plan,
-            seed=seed,
-            num_clusters=setting.num_clusters,
-            is_partial_sums=setting.is_partial_sums,
-            earlier_grids_last=setting.prefetched_bytes is not None,
-        )
-        assert_same_bits(out, setting.expected, str(setting.plan))
-    except ProtocolViolation as violation:
-        return Failure(violation.check, str(violation))
-    except AssertionError as difference:
-        return Failure("wrong bits", str(difference))
-    except ValueError as refusal:
-        return Failure("refused", str(refusal))
-    if setting.prefetched_bytes not in (None, statistics.bytes_prefetched):
-        return Failure(
-            "prefetch", f"{statistics.bytes_prefetched} bytes were prefetched, not {setting.prefetched_bytes}"
-        )
-    return None
-
-
-RING = Plan(4, 2, num_stages=2, stages_in_flight=2, num_consumer_warps=4)
-LONE_CTA = Plan(1, 2, num_stages=2, stages_in_flight=1, num_consumer_warps=8)
-ACTIVATION_IN_REGISTERS = dataclasses.replace(LONE_CTA, activation_in_registers=True)
-REGISTERS = Plan.in_registers(4)
-
-WRAPS = make_inputs(
-    41, 200, "float16", 1
-)  # 21 tiles of 2 rows: the ring wraps ten times, the slots once; the last has one row
-SHARES = make_inputs(41, 72, "float16", 1)  # not the same for all clusters; segments without a vector
-FEW_ROWS = make_inputs(3, 200, "float16", 1, attn_output=False, bias=False)
-BATCHES = make_inputs(3, 8200 * 8, "float16", 1)  # lanes take several vectors at once
-# Two vectors a lane: one lane of most segments has a second, and 6 lanes of the last segment have not even the first.
-SHORT_SEGMENT = make_inputs(5, 257 * 8, "float16", 1)
-SECOND_BATCH = make_inputs(4, 769 * 8, "float16", 1)  # likewise, but four vectors, which are more than a batch of loads
-
-# Of two that reach a place the first is tried first.
-SETTINGS = {
-    "registers": Setting(REGISTERS, FEW_ROWS),
-    "registers, partial sums": Setting(
-        dataclasses.replace(REGISTERS, weight_prefetch=True), WRAPS, is_partial_sums=True
-    ),
-    "registers, second batch": Setting(REGISTERS, SECOND_BATCH),
-    "few rows": Setting(dataclasses.replace(LONE_CTA, num_stages=16, stages_in_flight=16), FEW_ROWS),
-    "negative zeros": Setting(ACTIVATION_IN_REGISTERS, make_negative_zeros(3, 264 * 8)),
-    "short segment": Setting(ACTIVATION_IN_REGISTERS, SHORT_SEGMENT),
-    "second batch": Setting(dataclasses.replace(ACTIVATION_IN_REGISTERS, num_stages=1), SECOND_BATCH),
-    "activation in registers": Setting(ACTIVATION_IN_REGISTERS, WRAPS),
-    "lone CTA": Setting(LONE_CTA, WRAPS),
-    "two groups": Setting(dataclasses.replace(LONE_CTA, num_consumer_warps=16), WRAPS),
-    "prefetch": Setting(
-        dataclasses.replace(LONE_CTA, weight_prefetch=True), WRAPS, prefetched_bytes=4 * WRAPS.weight[0].nbytes
-    ),
-    "ring": Setting(RING, WRAPS),
-    "partial sums": Setting(RING, WRAPS, is_partial_sums=True),
-    "shares": Setting(dataclasses.replace(RING, cluster_size=2), SHARES, num_clusters=3),
-    "staggered shares": Setting(dataclasses.replace(LONE_CTA, stagger_rows=2), SHARES, num_clusters=3),
-    "one share, staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=2), FEW_ROWS),
-    "all rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=13), SHARES, num_clusters=3),
-    "more rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=63), SHARES, num_clusters=3),
-    "one row a tile": Setting(dataclasses.replace(RING, rows_per_stage=1), SHARES),
-    "several vectors": Setting(Plan(4, 4, num_stages=1, stages_in_flight=1, num_consumer_warps=2), BATCHES),
-}
-
-
-# What these launch, of the ring and of registers.
-INSTANTIATIONS = (
-    sorted(
-        {
-            instantiation(s.plan, s.inputs.mlp_intermediate.size)
-            for s in SETTINGS.values()
-            if not s.plan.rows_in_registers
-        }
-    ),
-    tuple(sorted({s.plan.rows_in_registers for s in SETTINGS.values()} - {0})),
-)
-
-
-def run_apart(calls: Sequence[Callable[[], Failure | None]]) -> list[Failure | None]:
-    """What the calls return, in processes of their own: one that crashes or never ends is a failure."""
-    results: list[Failure | None] = []
-    while len(results) < len(calls):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _run_child(calls[len(results) :], writing)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe, contextlib.suppress(EOFError):
-            while True:
-                results.append(pickle.load(pipe))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status != 0:
-            results.append(
-                Failure("endless" if status == ENDLESS_STATUS else "crash", f"the process ended with status {status}")
-            )
-    return results
-
-
-def _run_child(calls: Sequence[Callable[[], Failure | None]], writing: int) -> NoReturn:
-    """Neither a core nor a stack is printed by a crash, and what asks for too much memory does not get it."""
-    try:
-        faulthandler.disable()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)
-        for call in calls:
-            os.write(writing, pickle.dumps(call()))
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-class ChangedKernels:
-    """The sources of a folder with a switch for each change, built for all settings; without a choice, the kernels as they stand."""
-
-    def __init__(self, native: Path, num_changes: int) -> None:
-        self._kernel = Kernel(*INSTANTIATIONS, native, optimise=False)
-        library = ctypes.CDLL(str(build(native, *INSTANTIATIONS, optimise=False)))
-        self._chosen = ctypes.c_uint32.in_dll(library, "emulator_mutant")
-        self._visits = ctypes.c_uint32.in_dll(library, "emulator_visits")
-        self._reached = (ctypes.c_bool * num_changes).in_dll(library, "emulator_reached")
-        self.reaching: list[list[str]] = [[] for _ in range(num_changes)]
-        for name, setting in SETTINGS.items():
-            ctypes.memset(self._reached, 0, num_changes)
-            failure = try_once(self._kernel, setting, 0)
-            assert failure is None, f"with every change switched off, {name} fails: {failure}"
-            for idx, is_reached in enumerate(self._reached):
-                if is_reached:
-                    self.reaching[idx].append(name)
-
-    def first_failures(
-        self, changes: Iterable[tuple[int, list[str]]], num_schedules: int, check: str = ""
-    ) -> list[Failure | None]:
-        """For each change and its settings: what fails first, or first in ``check``, in so many schedules of each setting."""
-        return run_apart(
-            [functools.partial(self._search, idx, settings, num_schedules, check) for idx, settings in changes]
-        )
-
-    def _search(self, idx: int, settings: list[str], num_schedules: int, check: str) -> Failure | None:
-        for seed in range(num_schedules):
-            for name in settings:
-                self._chosen.value, self._visits.value = idx, 0
-                failure = try_once(self._kernel, SETTINGS[name], seed)
-                if failure and check in ("", failure.check):
-                    return failure
-        return None
+from .mutants import write_switch
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """``old`` stands once in the kernels' sources. With ``new`` in its place, and its ``FAULT`` true, ``check`` fails."""
+    """``old`` stands once in the kernels' sources, and gives way to ``new``, in which ``OLD`` stands for it. If ``FAULT`` is true, ``check``
+    fails."""
 
     name: str
     check: str
@@ -209,10 +20,6 @@ class Fault:
     old: str
     new: str
 
-
-_WAIT_PARTIALS = "wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);"
-_MEET = "    ptx::barrier_cluster_arrive_relaxed();\n    ptx::barrier_cluster_wait();\n"
-_BAR_SYNC = "  ptx::bar_sync();\n\n"
 
 FAULTS = (
     # Order and ownership
@@ -249,39 +56,37 @@ FAULTS = (
         "epilogue waits with the scope of its CTA",
         "unordered read",
         "ring",
-        _WAIT_PARTIALS,
-        f"if (FAULT) ptx::mbarrier_wait(partials_full(slot.idx), slot.phase); else {_WAIT_PARTIALS}",
+        "wait_for_cluster<kClusterSize>(partials_full(slot.idx), slot.phase);",
+        "if (FAULT) ptx::mbarrier_wait(partials_full(slot.idx), slot.phase); else OLD",
     ),
     Fault(
         "a rank writes to another that may not have started",
         "absent CTA",
         "ring",
         "  ptx::syncwarp();\n  sync_cluster",
-        "  if (FAULT && warp_idx == kEpilogueWarp && lane == 0) {\n"
-        "    ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize));\n"
-        "  }\n"
-        "  ptx::syncwarp();\n  sync_cluster",
+        "if (FAULT && warp_idx == kEpilogueWarp && lane == 0) {"
+        "  ptx::mbarrier_arrive_cluster(ptx::mapa(partials_empty(0), (cta_rank_in_cluster + 1) % kClusterSize)); } OLD",
     ),
     Fault(
         "threads arrive twice at the cluster barrier",
         "cluster barrier",
         "ring",
-        _MEET,
-        f"if (FAULT) ptx::barrier_cluster_arrive_relaxed();\n{_MEET}",
+        "ptx::barrier_cluster_arrive_relaxed();",
+        "if (FAULT) ptx::barrier_cluster_arrive_relaxed(); OLD",
     ),
     Fault(
         "one warp stays out of the barrier",
         "CTA barrier",
         "registers",
-        _BAR_SYNC,
-        f"if (FAULT && segment == 3) return;\n{_BAR_SYNC}",
+        "  ptx::bar_sync();\n\n",
+        "if (FAULT && segment == 3) return; OLD",
     ),
     Fault(
         "consumers do not wait for the stage",
         "unfilled read",
         "ring",
         "ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);",
-        "if (!FAULT) ptx::mbarrier_wait(full_barriers(stage.idx), stage.phase);",
+        "if (!FAULT) OLD",
     ),
     # Warps
     Fault(
@@ -296,7 +101,7 @@ FAULTS = (
         "absent lane",
         "ring",
         "RingPosition stage{group};",
-        "if (FAULT && lane == 31) return; RingPosition stage{group};",
+        "if (FAULT && lane == 31) return; OLD",
     ),
     # Memory
     Fault(
@@ -340,6 +145,6 @@ def write_faults(native: Path, folder: Path) -> None:
         assert len(places) == 1, (
             f"{fault.name}: the text to change stands in {[path.name for path in places]}: bring it up to the kernel"
         )
-        new = fault.new.replace("FAULT", f"mutant({idx})")
+        new = fault.new.replace("OLD", fault.old).replace("FAULT", f"mutant({idx})")
         places[0].write_text(places[0].read_text().replace(fault.old, new))
     write_switch(folder, len(FAULTS))

@@ -13,7 +13,6 @@ What is computed at compile time stays as it is, and the heads of unrolled loops
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import re
 import shutil
@@ -22,13 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .build import HERE
+from .tokens import ASSIGNMENTS, INEQUALITIES, Source, blank
 
-_TOKEN = re.compile(r"[A-Za-z_]\w*|\d[\w.']*|::|->|&&|\|\||\+\+|--|<<=|>>=|<<|>>|[-+*/%&|^<>=!]=|\S")
-_NO_CODE = re.compile(r"//[^\n]*|^[ ]*#(?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
-_INEQUALITIES = ("<", "<=", ">", ">=")
 _LIMITS = (";", ",", "?", ":", "=", "return", "&&", "||", "{", "}")  # of an expression that is compared or added up
-_ASSIGNMENTS = ("=", "+=", "-=", "*=", "/=", "%=", "^=", "|=", "&=")
 _ARGUMENTS = {
     "parity": ("^ {}",),
     "num_arrivals": ("+ {}", "- {}"),
@@ -81,144 +76,29 @@ class Mutant:
         return f"{self.file}:{self.line}: {self.operator}, {self.code}, in {self.function}"
 
 
-class _Source:
-    """The tokens of a file, and which statement and function each belongs to."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.name
-        text = path.read_text()
-        self.text = text
-        self.code = _NO_CODE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
-        tokens = list(_TOKEN.finditer(self.code))
-        self.tokens = [token[0] for token in tokens]
-        self.spans = [token.span() for token in tokens]
-        self.match = self._match()
-        starts = [start for start, _ in self.spans]
-        self._unrolled = {
-            bisect.bisect(starts, found.end()) for found in re.finditer(r"#pragma unroll$", self.text, re.MULTILINE)
-        }
-        self.statements = list(self._statements())
-        self.owner = {
-            i: statement for statement in reversed(self.statements) for i in range(statement[0], statement[1] + 1)
-        }
-
-    def _match(self) -> dict[int, int]:
-        match, open_brackets = {}, []
-        for i, token in enumerate(self.tokens):
-            if token in _CLOSING:
-                open_brackets.append(i)
-            elif token in _CLOSING.values():
-                match[i] = open_brackets.pop()
-                match[match[i]] = i
-        return match
-
-    def _is_lambda(self, brace: int) -> bool:
-        before = self.match.get(brace - 1, 0) if self.tokens[brace - 1] == ")" else brace
-        return self.tokens[before - 1] == "]"
-
-    def _is_block(self, brace: int) -> bool:
-        previous = self.tokens[brace - 1]
-        return previous in (")", "]", '"') or (previous[0].isalpha() and previous != "return" and self._gap(brace - 1))
-
-    def _gap(self, i: int) -> bool:
-        """Whether there is a space behind the token."""
-        return self.spans[i][1] < self.spans[i + 1][0]
-
-    def _statements(self) -> Iterator[tuple[int, int, str]]:
-        """First and last token, and function, of what ends in a semicolon or is the head of a block."""
-        names: list[str] = []
-        blocks: list[tuple[int, int]] = []  # where the statement began that holds the block; the number of names
-        start, depth, depths = 0, 0, []
-        for i, token in enumerate(self.tokens):
-            if token == "{" and self._is_block(i):
-                yield start, i, "::".join(names)
-                blocks.append((start if self._is_lambda(i) else i, len(names)))
-                depths.append(depth)
-                names += self._name(start, i)
-                start, depth = i + 1, 0
-            elif token == "}" and self._is_block(self.match[i]):
-                begin, num_names = blocks.pop()
-                depth = depths.pop()
-                start = begin if self._is_lambda(self.match[i]) else i + 1
-                del names[num_names:]
-            elif token in _CLOSING:
-                depth += 1
-            elif token in _CLOSING.values():
-                depth -= 1
-            elif token == ";" and depth == 0:
-                yield start, i, "::".join(names)
-                start = i + 1
-
-    def _name(self, start: int, brace: int) -> list[str]:
-        """Of the function, lambda or structure whose block begins at ``brace``."""
-        head = self.code[self.spans[start][0] : self.spans[brace][0]]
-        head = re.sub(r"^(\s*template <[^\n]*>)?\s*(MLPDOWN_\w+(\([^)]*\))?\s*)*", "", head)
-        if re.match(r"(if|for|while|switch|else|do)\b", head):
-            return []
-        found = (
-            re.search(r"(\w+) = \[", head)
-            or re.match(r"(?:struct|class|namespace) (\w+)", head)
-            or re.search(r"(\w+)\(", head)
-        )
-        return [found[1]] if found else []
-
-    def mutant(self, operator: str, around: tuple[int, int], before: str, after: str, shown: tuple[int, int]) -> Mutant:
-        """With ``before`` and ``after`` about the tokens ``around``; the changed code from one to the other token of ``shown`` names it."""
-        (start, end), (first, last) = ((self.spans[i][0], self.spans[j][1]) for i, j in (around, shown))
-        code = self.code[first:start] + before.format(1) + self.code[start:end] + after.format(1) + self.code[end:last]
-        code = self.code[first:last] if operator == "delete" else code
-        following = self.code[last : self.code.find(";", last + 1) + 1]
-        line = self.text.count("\n", 0, start) + 1
-        function = self.owner[around[0]][2]
-        return Mutant(
-            operator,
-            function,
-            " ".join(code.split()),
-            " ".join(following.split()),
-            self.file,
-            line,
-            start,
-            end,
-            before,
-            after,
-        )
-
-    def is_unrolled(self, i: int) -> bool:
-        """Whether the token stands in the head of an unrolled loop."""
-        start = self.owner[i][0]
-        return start in self._unrolled and i < self.match[start + 1]
-
-    def is_compile_time(self, i: int) -> bool:
-        start, end, _ = self.owner.get(i, (0, -1, ""))
-        head = self.tokens[start : end + 1]
-        return end < 0 or head[0] == "template" or bool({"constexpr", "static_assert", "using"} & set(head))
-
-    def is_spaced(self, i: int) -> bool:
-        """Whether there is a space on both sides: an operator of two operands, not a bracket of a template."""
-        return self._gap(i - 1) and self._gap(i)
-
-    def is_template(self, i: int) -> bool:
-        """Whether the token is followed by arguments of a template."""
-        return self.tokens[i][0].isalpha() and self.tokens[i + 1] == "<" and not self._gap(i)
-
-    def operand(self, i: int, step: int, limits: tuple[str, ...]) -> int:
-        """The last token, going from ``i``, of what ends at one of ``limits`` or at the bracket around it."""
-        brackets = tuple(_CLOSING.values()) if step > 0 else tuple(_CLOSING)
-        while (token := self.tokens[i + step]) not in brackets:
-            if token in limits and (token not in _INEQUALITIES or self.is_spaced(i + step)):
-                break
-            i = self.match.get(i + step, i + step)
-        return i
-
-    def call(self, i: int) -> int | None:
-        """The opening bracket, if the token names a function that is called here, not declared."""
-        previous = self.tokens[i - 1]
-        bracket = (self.tokens.index(">", i) if self.is_template(i) else i) + 1
-        is_declared = previous[0].isalpha() and previous not in ("return", "else")
-        return bracket if self.tokens[bracket] == "(" and not is_declared else None
+def _mutant(
+    source: Source, operator: str, around: tuple[int, int], before: str, after: str, shown: tuple[int, int]
+) -> Mutant:
+    """With ``before`` and ``after`` about the tokens ``around``. Its name is the changed code of the tokens ``shown``."""
+    start, end = source.spans[around[0]][0], source.spans[around[1]][1]
+    first, last = source.spans[shown[0]][0], source.spans[shown[1]][1]
+    code = source.code
+    changed = code[first:start] + before.format(1) + code[start:end] + after.format(1) + code[end:last]
+    return Mutant(
+        operator,
+        source.owner[around[0]][2],
+        " ".join((code[first:last] if operator == "delete" else changed).split()),
+        " ".join(code[last : code.find(";", last + 1) + 1].split()),
+        source.file,
+        code.count("\n", 0, start) + 1,
+        start,
+        end,
+        before,
+        after,
+    )
 
 
-def _deletions(source: _Source) -> Iterator[Mutant]:
+def _deletions(source: Source) -> Iterator[Mutant]:
     for start, end, _ in source.statements:
         if source.tokens[end] != ";":
             continue
@@ -228,7 +108,7 @@ def _deletions(source: _Source) -> Iterator[Mutant]:
             if head != "else":
                 first = source.match[first + (source.tokens[first] == "constexpr")] + 1
         i = first
-        while i < end and source.tokens[i] not in _ASSIGNMENTS:
+        while i < end and source.tokens[i] not in ASSIGNMENTS:
             token, following = source.tokens[i], source.tokens[i + 1]
             if source.is_template(i):
                 i = source.tokens.index(">", i) + 1
@@ -240,42 +120,42 @@ def _deletions(source: _Source) -> Iterator[Mutant]:
                 i += 1
         is_call = i == end and source.tokens[end - 1] == ")" and source.tokens[first] != "return"
         is_jump = i == end == first + 1 and source.tokens[first] in ("return", "continue", "break")
-        is_assignment = source.tokens[i] in _ASSIGNMENTS and i > first
+        is_assignment = source.tokens[i] in ASSIGNMENTS and i > first
         if is_call or is_jump or is_assignment:
-            yield source.mutant("delete", (first, end), "{{ if (!{}) ", " }}", (first, end))
+            yield _mutant(source, "delete", (first, end), "{{ if (!{}) ", " }}", (first, end))
 
 
-def _conditions(source: _Source) -> Iterator[Mutant]:
+def _conditions(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         if token == "if" and source.tokens[i + 1] == "(":
             last = source.match[i + 1] - 1
             if source.operand(i + 1, 1, ("&&", "||")) == last:
-                yield source.mutant("condition", (i + 2, last), "({} || (", "))", (i + 2, last))
+                yield _mutant(source, "condition", (i + 2, last), "({} || (", "))", (i + 2, last))
         elif token in ("&&", "||") and source.is_spaced(i) and not source.is_unrolled(i):
             limits = tuple(limit for limit in _LIMITS if limit not in ("&&", "||"))
             shown = source.operand(i, -1, limits), source.operand(i, 1, limits)
             operands = [(i + 1, source.operand(i, 1, _LIMITS)), (source.operand(i, -1, _LIMITS), i - 1)]
             for operand in operands[: 1 if source.tokens[operands[1][0] - 1] in ("&&", "||") else 2]:
-                yield source.mutant("condition", operand, "({} || (" if token == "&&" else "(!{} && (", "))", shown)
+                yield _mutant(source, "condition", operand, "({} || (" if token == "&&" else "(!{} && (", "))", shown)
 
 
-def _comparisons(source: _Source) -> Iterator[Mutant]:
+def _comparisons(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
-        if token in _INEQUALITIES and source.is_spaced(i):
+        if token in INEQUALITIES and source.is_spaced(i):
             shown = source.operand(i, -1, _LIMITS), source.operand(i, 1, _LIMITS)
-            yield source.mutant("comparison", (i, i), "+ {} ", "", shown)
+            yield _mutant(source, "comparison", (i, i), "+ {} ", "", shown)
             if not source.is_unrolled(i):
-                yield source.mutant("comparison", (i, i), "", " {} +", shown)
+                yield _mutant(source, "comparison", (i, i), "", " {} +", shown)
 
 
-def _addends(source: _Source) -> Iterator[Mutant]:
+def _addends(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         if token in ("+", "-") and source.is_spaced(i) and not source.is_unrolled(i):
-            shown = source.operand(i, -1, (*_LIMITS, *_INEQUALITIES)), source.operand(i, 1, (*_LIMITS, *_INEQUALITIES))
-            yield source.mutant("addend", (i, i), "", " !{} *", shown)
+            shown = source.operand(i, -1, (*_LIMITS, *INEQUALITIES)), source.operand(i, 1, (*_LIMITS, *INEQUALITIES))
+            yield _mutant(source, "addend", (i, i), "", " !{} *", shown)
 
 
-def _arguments(source: _Source, parameters: dict[str, list[str]]) -> Iterator[Mutant]:
+def _arguments(source: Source, parameters: dict[str, list[str]]) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         bracket = source.call(i) if token in parameters else None
         if bracket is None:
@@ -284,7 +164,7 @@ def _arguments(source: _Source, parameters: dict[str, list[str]]) -> Iterator[Mu
         for name in parameters[token]:
             last = source.operand(first - 1, 1, (",",))
             for change in _ARGUMENTS.get(name, ()):
-                yield source.mutant("argument", (first, last), "((", f") {change})", (i, source.match[bracket]))
+                yield _mutant(source, "argument", (first, last), "((", f") {change})", (i, source.match[bracket]))
             first = last + 2
 
 
@@ -292,7 +172,7 @@ def _parameters(native: Path) -> dict[str, list[str]]:
     """The names of the parameters of every function."""
     parameters = {}
     for header in (HERE / "ptx.cuh", *native.glob("*.cuh")):
-        for name, listed in re.findall(r"\w (\w+)\(([^()]*)", _NO_CODE.sub("", header.read_text())):
+        for name, listed in re.findall(r"\w (\w+)\(([^()]*)", blank(header.read_text())):
             names = [
                 re.sub(r" = .*", "", parameter).split()[-1]
                 for parameter in listed.split(",")
@@ -310,7 +190,7 @@ def find_mutants(native: Path) -> list[Mutant]:
     for path in sorted([*native.glob("*.cuh"), *native.glob("*.h")]):
         if path.name == "ptx.cuh":
             continue
-        source = _Source(path)
+        source = Source(path)
         operators = (_deletions, _conditions, _comparisons, _addends)
         mutants = [mutant for operator in operators for mutant in operator(source)] + list(
             _arguments(source, parameters)

@@ -10,22 +10,11 @@ import pytest
 from mlpdown.plan import H200, Plan, check_plan
 
 from .build import HERE, NATIVE
-from .faults import (
-    FAULTS,
-    INSTANTIATIONS,
-    RING,
-    SETTINGS,
-    WRAPS,
-    ChangedKernels,
-    Failure,
-    Setting,
-    run_apart,
-    try_once,
-    write_faults,
-)
+from .faults import FAULTS, write_faults
 from .launch import Kernel
 from .mutants import Mutant, find_mutants, write_mutants
 from .survivors import SURVIVORS
+from .trials import INSTANTIATIONS, RING, SETTINGS, WRAPS, ChangedKernels, Failure, Setting, run_apart, try_once
 
 MUTANTS = find_mutants(NATIVE)
 OPERATORS = sorted({mutant.operator for mutant in MUTANTS})
