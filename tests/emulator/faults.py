@@ -11,8 +11,8 @@ from .mutants import write_switch
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """``old`` stands once in the kernels' sources, and gives way to ``new``, in which ``OLD`` stands for it. If ``FAULT`` is true, ``check``
-    fails."""
+    """``old`` stands once in the kernels' sources, and gives way to ``new``, in which ``OLD`` stands for it. ``check`` fails if ``FAULT``
+    is true."""
 
     name: str
     check: str

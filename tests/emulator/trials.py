@@ -180,13 +180,9 @@ class ChangedKernels:
                 if is_reached:
                     self.reaching[idx].append(name)
 
-    def first_failures(
-        self, changes: Iterable[tuple[int, list[str]]], num_schedules: int, check: str = ""
-    ) -> list[Failure | None]:
-        """For each change and its settings: what fails first, or first in ``check``, in so many schedules of each setting."""
-        return run_apart(
-            [functools.partial(self._search, idx, settings, num_schedules, check) for idx, settings in changes]
-        )
+    def first_failures(self, changes: Iterable[tuple[int, list[str], int]], check: str = "") -> list[Failure | None]:
+        """For each change, its settings and a number of schedules of each: what fails first, or first in ``check``."""
+        return run_apart([functools.partial(self._search, *change, check) for change in changes])
 
     def _search(self, idx: int, settings: list[str], num_schedules: int, check: str) -> Failure | None:
         for seed in range(num_schedules):
