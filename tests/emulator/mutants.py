@@ -14,6 +14,7 @@ What is computed at compile time stays as it is, and the heads of unrolled loops
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections import Counter
@@ -80,13 +81,13 @@ def _mutant(
     source: Source, operator: str, around: tuple[int, int], before: str, after: str, shown: tuple[int, int]
 ) -> Mutant:
     """With ``before`` and ``after`` about the tokens ``around``. Its name is the changed code of the tokens ``shown``."""
-    start, end = source.spans[around[0]][0], source.spans[around[1]][1]
-    first, last = source.spans[shown[0]][0], source.spans[shown[1]][1]
+    (start, _), (_, end) = (source.spans[i] for i in around)
+    (first, _), (_, last) = (source.spans[i] for i in shown)
     code = source.code
     changed = code[first:start] + before.format(1) + code[start:end] + after.format(1) + code[end:last]
     return Mutant(
         operator,
-        source.owner[around[0]][2],
+        source.function(around[0]),
         " ".join((code[first:last] if operator == "delete" else changed).split()),
         " ".join(code[last : code.find(";", last + 1) + 1].split()),
         source.file,
@@ -99,27 +100,19 @@ def _mutant(
 
 
 def _deletions(source: Source) -> Iterator[Mutant]:
-    for start, end, _ in source.statements:
-        if source.tokens[end] != ";":
+    for end, token in enumerate(source.tokens):
+        if token != ";" or (source.around[end] >= 0 and source.tokens[source.around[end]] != "{"):
             continue
-        first = start
+        first = source.statement_start(end)
         while (head := source.tokens[first]) in ("if", "for", "while", "else"):
             first += 1
             if head != "else":
                 first = source.match[first + (source.tokens[first] == "constexpr")] + 1
-        i = first
-        while i < end and source.tokens[i] not in ASSIGNMENTS:
-            token, following = source.tokens[i], source.tokens[i + 1]
-            if source.is_template(i):
-                i = source.tokens.index(">", i) + 1
-            elif token in ("(", "["):
-                i = source.match[i] + 1
-            elif token[0].isalpha() and following[0].isalpha():
-                break  # a type and a name
-            else:
-                i += 1
-        is_call = i == end and source.tokens[end - 1] == ")" and source.tokens[first] != "return"
-        is_jump = i == end == first + 1 and source.tokens[first] in ("return", "continue", "break")
+        i = first  # of a name with what may follow it, up to an assignment or the end
+        while i < end and source.tokens[i] not in ASSIGNMENTS and not (source.is_word(i) and source.is_word(i + 1)):
+            i = source.match.get(i, source.behind_name(i) - 1) + 1
+        is_call = i == end and source.tokens[end - 1] == ")" and head != "return"
+        is_jump = i == end == first + 1 and head in ("return", "continue", "break")
         is_assignment = source.tokens[i] in ASSIGNMENTS and i > first
         if is_call or is_jump or is_assignment:
             yield _mutant(source, "delete", (first, end), "{{ if (!{}) ", " }}", (first, end))
@@ -129,12 +122,12 @@ def _conditions(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         if token == "if" and source.tokens[i + 1] == "(":
             last = source.match[i + 1] - 1
-            if source.operand(i + 1, 1, ("&&", "||")) == last:
+            if source.reach(i + 1, 1, ("&&", "||")) == last:
                 yield _mutant(source, "condition", (i + 2, last), "({} || (", "))", (i + 2, last))
         elif token in ("&&", "||") and source.is_spaced(i) and not source.is_unrolled(i):
             limits = tuple(limit for limit in _LIMITS if limit not in ("&&", "||"))
-            shown = source.operand(i, -1, limits), source.operand(i, 1, limits)
-            operands = [(i + 1, source.operand(i, 1, _LIMITS)), (source.operand(i, -1, _LIMITS), i - 1)]
+            shown = source.reach(i, -1, limits), source.reach(i, 1, limits)
+            operands = [(i + 1, source.reach(i, 1, _LIMITS)), (source.reach(i, -1, _LIMITS), i - 1)]
             for operand in operands[: 1 if source.tokens[operands[1][0] - 1] in ("&&", "||") else 2]:
                 yield _mutant(source, "condition", operand, "({} || (" if token == "&&" else "(!{} && (", "))", shown)
 
@@ -142,7 +135,7 @@ def _conditions(source: Source) -> Iterator[Mutant]:
 def _comparisons(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         if token in INEQUALITIES and source.is_spaced(i):
-            shown = source.operand(i, -1, _LIMITS), source.operand(i, 1, _LIMITS)
+            shown = source.reach(i, -1, _LIMITS), source.reach(i, 1, _LIMITS)
             yield _mutant(source, "comparison", (i, i), "+ {} ", "", shown)
             if not source.is_unrolled(i):
                 yield _mutant(source, "comparison", (i, i), "", " {} +", shown)
@@ -151,18 +144,18 @@ def _comparisons(source: Source) -> Iterator[Mutant]:
 def _addends(source: Source) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
         if token in ("+", "-") and source.is_spaced(i) and not source.is_unrolled(i):
-            shown = source.operand(i, -1, (*_LIMITS, *INEQUALITIES)), source.operand(i, 1, (*_LIMITS, *INEQUALITIES))
+            shown = source.reach(i, -1, (*_LIMITS, *INEQUALITIES)), source.reach(i, 1, (*_LIMITS, *INEQUALITIES))
             yield _mutant(source, "addend", (i, i), "", " !{} *", shown)
 
 
 def _arguments(source: Source, parameters: dict[str, list[str]]) -> Iterator[Mutant]:
     for i, token in enumerate(source.tokens):
-        bracket = source.call(i) if token in parameters else None
-        if bracket is None:
+        is_declared = source.is_word(i - 1) and source.tokens[i - 1] not in ("return", "else")
+        if token not in parameters or is_declared or source.tokens[bracket := source.behind_name(i)] != "(":
             continue
         first = bracket + 1
         for name in parameters[token]:
-            last = source.operand(first - 1, 1, (",",))
+            last = source.reach(first - 1, 1, (",",))
             for change in _ARGUMENTS.get(name, ()):
                 yield _mutant(source, "argument", (first, last), "((", f") {change})", (i, source.match[bracket]))
             first = last + 2
@@ -191,11 +184,15 @@ def find_mutants(native: Path) -> list[Mutant]:
         if path.name == "ptx.cuh":
             continue
         source = Source(path)
-        operators = (_deletions, _conditions, _comparisons, _addends)
-        mutants = [mutant for operator in operators for mutant in operator(source)] + list(
-            _arguments(source, parameters)
+        operators = (
+            _deletions,
+            _conditions,
+            _comparisons,
+            _addends,
+            functools.partial(_arguments, parameters=parameters),
         )
         at = {start: i for i, (start, _) in enumerate(source.spans)}
+        mutants = (mutant for operator in operators for mutant in operator(source))
         found += (mutant for mutant in mutants if not source.is_compile_time(at[mutant.start]))
     # What is alike is told apart by what follows, or else counted.
     alike, seen = Counter(mutant.key for mutant in found), Counter[str]()

@@ -22,7 +22,7 @@ from .trials import INSTANTIATIONS, RING, SETTINGS, WRAPS, ChangedKernels, Failu
 MUTANTS = find_mutants(NATIVE)
 OPERATORS = sorted({mutant.operator for mutant in MUTANTS})
 FEW_SCHEDULES = 2  # of each setting: the first catches nearly all that can be caught
-MANY_SCHEDULES = 100
+MANY_SCHEDULES = 30
 
 
 @pytest.fixture(scope="module")
