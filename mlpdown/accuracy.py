@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cases import Case
-from .plan import NUM_SEGMENTS, VECTOR_SIZE
-
-NUM_LANES = 32  # of the canonical order
+from .reference.order import NUM_LANES, num_segments, vectors_per_segment
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -70,12 +68,11 @@ def error_bound(case: Case) -> Float64Array:
 
     Each of the n roundings on an element's way into the result changes it by a factor within ``1 +- 2**-24``, so the sum is off by at
     most ``n * u / (1 - n * u)`` times the sum of magnitudes (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section
-    4.2). The way of a product: a rounding for each vector of its lane, 3 additions over the positions of a vector, 5 over the lanes, 7
-    over the segments, 3 for bias and residuals.
+    4.2). The way of a product: a rounding for each vector of its lane, 3 additions over the positions of a vector, 5 over the lanes, one
+    less than there are segments over these, 3 for bias and residuals.
     """
     intermediate_dim = case.weight.shape[1]
-    segment_vectors = -(-(intermediate_dim // VECTOR_SIZE) // NUM_SEGMENTS)
-    depth = -(-segment_vectors // NUM_LANES) + 3 + 5 + 7 + 3
+    depth = -(-vectors_per_segment(intermediate_dim) // NUM_LANES) + 3 + 5 + (num_segments(intermediate_dim) - 1) + 3
     magnitudes = float64_result(Case(case.dtype, *(None if a is None else np.abs(a) for a in case.arrays())))  # type: ignore[arg-type]
     gamma = depth * _FLOAT32_UNIT / (1 - depth * _FLOAT32_UNIT)
     oracle_gamma = 2 * intermediate_dim * _FLOAT64_UNIT

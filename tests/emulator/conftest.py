@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mlpdown.plan import ROWS_IN_REGISTERS, instantiations
+from mlpdown.plan import REGISTERS_KERNELS, instantiations
 
 from .launch import Kernel
 
@@ -31,7 +31,7 @@ def num_schedules(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    request.config.stash[_KERNEL] = Kernel(instantiations(), ROWS_IN_REGISTERS)
+    request.config.stash[_KERNEL] = Kernel(instantiations(), REGISTERS_KERNELS)
     return request.config.stash[_KERNEL]
 
 
