@@ -34,7 +34,9 @@ MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # cloc
 MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp")
 
 
-def build(native: Path, ring: list[tuple[int, int, int]], registers: tuple[tuple[int, int], ...], *, optimise: bool = True) -> Path:
+def build(
+    native: Path, ring: list[tuple[int, int, int]], registers: tuple[tuple[int, int], ...], *, optimise: bool = True
+) -> Path:
     """The library that emulates the kernels in the folder ``native``: of the ring, these cluster sizes, rows per stage and vectors in
     registers; of registers, these numbers of rows and of vectors in flight.
 
@@ -42,7 +44,8 @@ def build(native: Path, ring: list[tuple[int, int, int]], registers: tuple[tuple
     """
     for_each = (
         "-DMLPDOWN_FOR_EACH_RING_KERNEL(X)=" + " ".join(f"X({','.join(map(str, values))})" for values in ring),
-        "-DMLPDOWN_FOR_EACH_REGISTERS_KERNEL(X)=" + " ".join(f"X({','.join(map(str, values))})" for values in registers),
+        "-DMLPDOWN_FOR_EACH_REGISTERS_KERNEL(X)="
+        + " ".join(f"X({','.join(map(str, values))})" for values in registers),
     )
     kernel = _compile(HERE / "launch.cpp", native, (*(("-O2",) if optimise else UNOPTIMISED_FLAGS), *for_each))
     # One machine for all kernels of a process: stacks for a thousand threads each would use up the mappings that Linux allows.

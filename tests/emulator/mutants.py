@@ -109,8 +109,11 @@ def _deletions(source: Source) -> Iterator[Mutant]:
             if head != "else":
                 first = source.match[first + (source.tokens[first] == "constexpr")] + 1
         i = first  # of a name with what may follow it, up to an assignment or the end
-        while i < end and source.tokens[i] not in ASSIGNMENTS and not (source.is_word(i) and source.is_word(i + 1)):
-            i = source.match.get(i, source.behind_name(i) - 1) + 1
+        while i < end and source.tokens[i] not in ASSIGNMENTS:
+            behind = source.match.get(i, source.behind_name(i) - 1) + 1
+            if source.is_word(i) and source.is_word(behind):
+                break  # a type and a name
+            i = behind
         is_call = i == end and source.tokens[end - 1] == ")" and head != "return"
         is_jump = i == end == first + 1 and head in ("return", "continue", "break")
         is_assignment = source.tokens[i] in ASSIGNMENTS and i > first
@@ -148,32 +151,24 @@ def _addends(source: Source) -> Iterator[Mutant]:
             yield _mutant(source, "addend", (i, i), "", " !{} *", shown)
 
 
-def _arguments(source: Source, parameters: dict[str, list[str]]) -> Iterator[Mutant]:
-    for i, token in enumerate(source.tokens):
+def _arguments(source: Source, parameters: dict[tuple[str, int], list[str]]) -> Iterator[Mutant]:
+    for i, name in enumerate(source.tokens):
+        bracket = source.behind_name(i) if source.is_word(i) else i
         is_declared = source.is_word(i - 1) and source.tokens[i - 1] not in ("return", "else")
-        if token not in parameters or is_declared or source.tokens[bracket := source.behind_name(i)] != "(":
+        if source.tokens[bracket] != "(" or bracket == i or is_declared:
             continue
-        first = bracket + 1
-        for name in parameters[token]:
-            last = source.reach(first - 1, 1, (",",))
-            for change in _ARGUMENTS.get(name, ()):
-                yield _mutant(source, "argument", (first, last), "((", f") {change})", (i, source.match[bracket]))
-            first = last + 2
+        arguments = source.items(bracket)
+        for parameter, around in zip(parameters.get((name, len(arguments)), ()), arguments, strict=False):
+            for change in _ARGUMENTS.get(parameter, ()):
+                yield _mutant(source, "argument", around, "((", f") {change})", (i, source.match[bracket]))
 
 
-def _parameters(native: Path) -> dict[str, list[str]]:
-    """The names of the parameters of every function."""
-    parameters = {}
-    for header in (HERE / "ptx.cuh", *native.glob("*.cuh")):
-        for name, listed in re.findall(r"\w (\w+)\(([^()]*)", blank(header.read_text())):
-            names = [
-                re.sub(r" = .*", "", parameter).split()[-1]
-                for parameter in listed.split(",")
-                if len(parameter.split()) > 1
-            ]
-            if set(names) & set(_ARGUMENTS):
-                parameters[name] = names
-    return parameters
+def _parameters(native: Path) -> dict[tuple[str, int], list[str]]:
+    """The names of the parameters of every function, by its name and their number."""
+    code = "".join(blank(header.read_text()) for header in (HERE / "ptx.cuh", *native.glob("*.cuh")))
+    code = code.replace(", Where where = Where::current()", "")
+    listed = [(name, re.findall(r"(\w+)(?:,|$)", names)) for name, names in re.findall(r"\w (\w+)\(([^()]*)\)", code)]
+    return {(name, len(names)): names for name, names in listed}
 
 
 def find_mutants(native: Path) -> list[Mutant]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpdown.plan import H200, Plan, check_plan
+from mlpdown.plan import H200, check_plan
 
 from .build import HERE, NATIVE
 from .faults import FAULTS, write_faults
@@ -17,7 +18,7 @@ from .launch import Kernel
 from .mutants import Mutant, find_mutants, write_mutants
 from .survivors import SURVIVORS
 from .tokens import blank
-from .trials import INSTANTIATIONS, RING, SETTINGS, WRAPS, ChangedKernels, Failure, Setting, run_apart, try_once
+from .trials import FOUR_SEGMENTS, INSTANTIATIONS, RING, SETTINGS, ChangedKernels, Failure, Setting, run_apart, try_once
 
 MUTANTS = find_mutants(NATIVE)
 OPERATORS = sorted({mutant.operator for mutant in MUTANTS})
@@ -165,8 +166,8 @@ def test_every_check_has_failed(failures: dict[Mutant, Failure | None]) -> None:
 
 def test_a_refused_plan_goes_wrong(plain: Kernel) -> None:
     """Two groups of warps over three stages: each sees only every other pass over a stage."""
-    plan = Plan(RING.cluster_size, RING.rows_per_stage, num_stages=3, stages_in_flight=3, num_consumer_warps=4)
+    plan = dataclasses.replace(RING, num_stages=3, stages_in_flight=3, num_consumer_warps=4)
     with pytest.raises(ValueError, match="num_consumer_warps"):
-        check_plan(plan, WRAPS.mlp_intermediate.size, H200)
-    failures = [try_once(plain, Setting(plan, WRAPS), seed) for seed in range(20)]
+        check_plan(plan, FOUR_SEGMENTS.mlp_intermediate.size, H200)
+    failures = [try_once(plain, Setting(plan, FOUR_SEGMENTS), seed) for seed in range(20)]
     assert "unfilled read" in {failure.check for failure in failures if failure}

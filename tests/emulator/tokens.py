@@ -55,7 +55,12 @@ class Source:
     def behind_name(self, i: int) -> int:
         """Behind a name and what it has of template arguments."""
         is_template = self.tokens[i + 1] == "<" and self.spans[i][1] == self.spans[i + 1][0]
-        return (self.tokens.index(">", i) if is_template else i) + 1
+        depth = 0
+        while is_template:
+            i += 1
+            depth += self.tokens[i].count("<") - self.tokens[i].count(">")
+            is_template = depth > 0
+        return i + 1
 
     def reach(self, i: int, step: int, limits: tuple[str, ...]) -> int:
         """The last token, going from ``i`` in steps of 1 or -1, before one of ``limits`` or the bracket around all of it."""
@@ -65,6 +70,14 @@ class Source:
                 break
             i = self.match.get(i + step, i + step)
         return i
+
+    def items(self, bracket: int) -> list[tuple[int, int]]:
+        """The first and the last token of each argument behind an opening bracket."""
+        items, at = [], bracket
+        while at + 1 < self.match[bracket]:
+            items.append((at + 1, self.reach(at, 1, (",",))))
+            at = items[-1][1] + 1
+        return items
 
     def statement_start(self, i: int) -> int:
         while self.around[i] >= 0 and self.tokens[self.around[i]] != "{":
@@ -78,7 +91,7 @@ class Source:
 
     def is_compile_time(self, i: int) -> bool:
         start = self.statement_start(i)
-        return not {"constexpr", "static_assert", "using", "template"}.isdisjoint(self.tokens[start:i])
+        return not {"constexpr", "static_assert", "using", "template"}.isdisjoint(self.tokens[start : i + 1])
 
     def function(self, i: int) -> str:
         """The names of the structures, functions and lambdas around a token."""

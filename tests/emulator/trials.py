@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy.typing as npt
+from mlpdown.reference.order import VECTOR_SIZE
 
 from mlpdown.plan import Plan, instantiation
 
@@ -71,47 +72,53 @@ def try_once(kernel: Kernel, setting: Setting, seed: int) -> Failure | None:
     return None
 
 
-RING = Plan(4, 2, num_stages=2, stages_in_flight=2, num_consumer_warps=4)
-LONE_CTA = Plan(1, 2, num_stages=2, stages_in_flight=1, num_consumer_warps=8)
+LONE_CTA = Plan(1, 2, num_stages=2, stages_in_flight=1, num_consumer_warps=1)
 ACTIVATION_IN_REGISTERS = dataclasses.replace(LONE_CTA, activation_in_registers=True)
-REGISTERS = Plan.in_registers(4)
+RING = Plan(2, 2, num_stages=2, stages_in_flight=2, num_consumer_warps=2)
+RING_OF_FOUR = Plan(4, 1, num_stages=2, stages_in_flight=2, num_consumer_warps=1)
 
-WRAPS = make_inputs(
-    41, 200, "float16", 1
-)  # 21 tiles of 2 rows: the ring wraps ten times, the slots once; the last has one row
-SHARES = make_inputs(41, 72, "float16", 1)  # not the same for all clusters; segments without a vector
-FEW_ROWS = make_inputs(3, 200, "float16", 1, attn_output=False, bias=False)
-BATCHES = make_inputs(3, 8200 * 8, "float16", 1)  # lanes take several vectors at once
-# Two vectors a lane: one lane of most segments has a second, and 6 lanes of the last segment have not even the first.
-SHORT_SEGMENT = make_inputs(5, 257 * 8, "float16", 1)
-SECOND_BATCH = make_inputs(4, 769 * 8, "float16", 1)  # likewise, but four vectors, which are more than a batch of loads
+
+def _inputs(hidden_dim: int, num_vectors: int, *, is_bare: bool = False) -> Inputs:
+    return make_inputs(hidden_dim, num_vectors * VECTOR_SIZE, "float16", 1, attn_output=not is_bare, bias=not is_bare)
+
+
+# 21 stages of 2 rows: the ring wraps ten times, the slots once; the last has one row. Over three clusters the shares differ.
+ONE_SEGMENT = _inputs(41, 25)
+TWO_SEGMENTS = _inputs(41, 257)
+FOUR_SEGMENTS = _inputs(41, 515)  # two of them for each CTA of the ring
+# Five vectors a lane of most segments. Of the last segment six lanes have only three.
+EIGHT_SEGMENTS = _inputs(3, 1025)
+LONG_SEGMENT = _inputs(3, 255)  # eight vectors a lane
+FEW_ROWS = _inputs(5, 200, is_bare=True)
 
 # Of two that reach a place the first is tried first.
 SETTINGS = {
-    "registers": Setting(REGISTERS, FEW_ROWS),
-    "registers, partial sums": Setting(
-        dataclasses.replace(REGISTERS, weight_prefetch=True), WRAPS, is_partial_sums=True
-    ),
-    "registers, second batch": Setting(REGISTERS, SECOND_BATCH),
+    "registers": Setting(Plan.in_registers(1, num_consumer_warps=4), FEW_ROWS),
+    "registers, two rows": Setting(Plan.in_registers(2, weight_prefetch=True), _inputs(11, 256), is_partial_sums=True),
+    "registers, long segments": Setting(Plan.in_registers(1), _inputs(2, 2050)),
     "few rows": Setting(dataclasses.replace(LONE_CTA, num_stages=16, stages_in_flight=16), FEW_ROWS),
-    "negative zeros": Setting(ACTIVATION_IN_REGISTERS, make_negative_zeros(3, 264 * 8)),
-    "short segment": Setting(ACTIVATION_IN_REGISTERS, SHORT_SEGMENT),
-    "second batch": Setting(dataclasses.replace(ACTIVATION_IN_REGISTERS, num_stages=1), SECOND_BATCH),
-    "activation in registers": Setting(ACTIVATION_IN_REGISTERS, WRAPS),
-    "lone CTA": Setting(LONE_CTA, WRAPS),
-    "two groups": Setting(dataclasses.replace(LONE_CTA, num_consumer_warps=16), WRAPS),
-    "prefetch": Setting(
-        dataclasses.replace(LONE_CTA, weight_prefetch=True), WRAPS, prefetched_bytes=4 * WRAPS.weight[0].nbytes
+    "negative zeros": Setting(
+        dataclasses.replace(ACTIVATION_IN_REGISTERS, num_consumer_warps=2), make_negative_zeros(3, 257 * VECTOR_SIZE)
     ),
-    "ring": Setting(RING, WRAPS),
-    "partial sums": Setting(RING, WRAPS, is_partial_sums=True),
-    "shares": Setting(dataclasses.replace(RING, cluster_size=2), SHARES, num_clusters=3),
-    "staggered shares": Setting(dataclasses.replace(LONE_CTA, stagger_rows=2), SHARES, num_clusters=3),
+    "short segment": Setting(dataclasses.replace(ACTIVATION_IN_REGISTERS, num_consumer_warps=8), EIGHT_SEGMENTS),
+    "long segment": Setting(dataclasses.replace(ACTIVATION_IN_REGISTERS, rows_per_stage=1), LONG_SEGMENT),
+    "activation in registers": Setting(ACTIVATION_IN_REGISTERS, ONE_SEGMENT),
+    "lone CTA": Setting(dataclasses.replace(LONE_CTA, num_consumer_warps=2), TWO_SEGMENTS),
+    "two groups": Setting(dataclasses.replace(LONE_CTA, num_consumer_warps=2), ONE_SEGMENT),
+    "prefetch": Setting(
+        dataclasses.replace(LONE_CTA, weight_prefetch=True),
+        ONE_SEGMENT,
+        prefetched_bytes=4 * ONE_SEGMENT.weight[0].nbytes,
+    ),
+    "ring": Setting(RING, FOUR_SEGMENTS),
+    "partial sums": Setting(RING, TWO_SEGMENTS, is_partial_sums=True),
+    "shares": Setting(RING, TWO_SEGMENTS, num_clusters=3),
+    "staggered shares": Setting(dataclasses.replace(LONE_CTA, stagger_rows=2), ONE_SEGMENT, num_clusters=3),
     "one share, staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=2), FEW_ROWS),
-    "all rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=13), SHARES, num_clusters=3),
-    "more rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=63), SHARES, num_clusters=3),
-    "one row a tile": Setting(dataclasses.replace(RING, rows_per_stage=1), SHARES),
-    "several vectors": Setting(Plan(4, 4, num_stages=1, stages_in_flight=1, num_consumer_warps=2), BATCHES),
+    "all rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=13), ONE_SEGMENT, num_clusters=3),
+    "more rows staggered": Setting(dataclasses.replace(LONE_CTA, stagger_rows=63), ONE_SEGMENT, num_clusters=3),
+    "one row a stage": Setting(RING_OF_FOUR, _inputs(19, 515)),
+    "four rows a stage": Setting(dataclasses.replace(RING_OF_FOUR, rows_per_stage=4), _inputs(9, 515)),
 }
 
 
@@ -124,7 +131,15 @@ INSTANTIATIONS = (
             if not s.plan.rows_in_registers
         }
     ),
-    tuple(sorted({s.plan.rows_in_registers for s in SETTINGS.values()} - {0})),
+    tuple(
+        sorted(
+            {
+                (s.plan.rows_in_registers, s.plan.vectors_in_flight)
+                for s in SETTINGS.values()
+                if s.plan.rows_in_registers
+            }
+        )
+    ),
 )
 
 
