@@ -38,19 +38,23 @@ _SWITCH = """
 #include <unistd.h>
 #include <cstdint>
 #include <type_traits>
-extern "C" {{
+extern "C" {
 inline uint32_t emulator_mutant = ~0u;
-inline bool emulator_reached[{num_mutants}] = {{}};
+inline bool emulator_reached[%d] = {};
 inline uint32_t emulator_visits = 0;
-}}
-inline bool is_mutant(uint32_t idx) {{
+}
+inline bool is_mutant(uint32_t idx) {
   emulator_reached[idx] = true;
   if (idx != emulator_mutant) return false;
-  if (++emulator_visits > {most_visits}) _exit({endless_status});
+  if (++emulator_visits > %d) _exit(%d);
   return true;
-}}
-constexpr bool mutant(uint32_t idx) {{ return !std::is_constant_evaluated() && is_mutant(idx); }}
+}
+constexpr bool mutant(uint32_t idx) { return !std::is_constant_evaluated() && is_mutant(idx); }
 """
+
+
+# The tokens around which something is put, before and after, with the switch at {}; and the tokens that name the mutant, as changed.
+_Edit = tuple[tuple[int, int], str, str, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,6 @@ class Mutant:
     operator: str
     function: str
     code: str
-    following: str
     file: str
     line: int
     start: int
@@ -73,33 +76,8 @@ class Mutant:
         """What the mutant is, wherever it stands."""
         return f"{self.operator} | {self.function} | {self.code}"
 
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.operator}, {self.code}, in {self.function}"
 
-
-def _mutant(
-    source: Source, operator: str, around: tuple[int, int], before: str, after: str, shown: tuple[int, int]
-) -> Mutant:
-    """With ``before`` and ``after`` about the tokens ``around``. Its name is the changed code of the tokens ``shown``."""
-    (start, _), (_, end) = (source.spans[i] for i in around)
-    (first, _), (_, last) = (source.spans[i] for i in shown)
-    code = source.code
-    changed = code[first:start] + before.format(1) + code[start:end] + after.format(1) + code[end:last]
-    return Mutant(
-        operator,
-        source.function(around[0]),
-        " ".join((code[first:last] if operator == "delete" else changed).split()),
-        " ".join(code[last : code.find(";", last + 1) + 1].split()),
-        source.file,
-        code.count("\n", 0, start) + 1,
-        start,
-        end,
-        before,
-        after,
-    )
-
-
-def _deletions(source: Source) -> Iterator[Mutant]:
+def _deletions(source: Source) -> Iterator[_Edit]:
     for end, token in enumerate(source.tokens):
         if token != ";" or (source.around[end] >= 0 and source.tokens[source.around[end]] != "{"):
             continue
@@ -118,51 +96,53 @@ def _deletions(source: Source) -> Iterator[Mutant]:
         is_jump = i == end == first + 1 and head in ("return", "continue", "break")
         is_assignment = source.tokens[i] in ASSIGNMENTS and i > first
         if is_call or is_jump or is_assignment:
-            yield _mutant(source, "delete", (first, end), "{{ if (!{}) ", " }}", (first, end))
+            yield (first, end), "{{ if (!{}) ", " }}", (first, end)
 
 
-def _conditions(source: Source) -> Iterator[Mutant]:
+def _conditions(source: Source) -> Iterator[_Edit]:
     for i, token in enumerate(source.tokens):
         if token == "if" and source.tokens[i + 1] == "(":
             last = source.match[i + 1] - 1
             if source.reach(i + 1, 1, ("&&", "||")) == last:
-                yield _mutant(source, "condition", (i + 2, last), "({} || (", "))", (i + 2, last))
+                yield (i + 2, last), "({} || (", "))", (i + 2, last)
         elif token in ("&&", "||") and source.is_spaced(i) and not source.is_unrolled(i):
             limits = tuple(limit for limit in _LIMITS if limit not in ("&&", "||"))
-            shown = source.reach(i, -1, limits), source.reach(i, 1, limits)
-            operands = [(i + 1, source.reach(i, 1, _LIMITS)), (source.reach(i, -1, _LIMITS), i - 1)]
-            for operand in operands[: 1 if source.tokens[operands[1][0] - 1] in ("&&", "||") else 2]:
-                yield _mutant(source, "condition", operand, "({} || (" if token == "&&" else "(!{} && (", "))", shown)
+            left, right = source.reach_both(i, _LIMITS)
+            operands = [(i + 1, right)]
+            if source.tokens[left - 1] not in ("&&", "||"):
+                operands.append((left, i - 1))
+            for operand in operands:
+                yield operand, "({} || (" if token == "&&" else "(!{} && (", "))", source.reach_both(i, limits)
 
 
-def _comparisons(source: Source) -> Iterator[Mutant]:
+def _comparisons(source: Source) -> Iterator[_Edit]:
     for i, token in enumerate(source.tokens):
         if token in INEQUALITIES and source.is_spaced(i):
-            shown = source.reach(i, -1, _LIMITS), source.reach(i, 1, _LIMITS)
-            yield _mutant(source, "comparison", (i, i), "+ {} ", "", shown)
+            yield (i, i), "+ {} ", "", source.reach_both(i, _LIMITS)
             if not source.is_unrolled(i):
-                yield _mutant(source, "comparison", (i, i), "", " {} +", shown)
+                yield (i, i), "", " {} +", source.reach_both(i, _LIMITS)
 
 
-def _addends(source: Source) -> Iterator[Mutant]:
+def _addends(source: Source) -> Iterator[_Edit]:
     for i, token in enumerate(source.tokens):
         if token in ("+", "-") and source.is_spaced(i) and not source.is_unrolled(i):
-            shown = source.reach(i, -1, (*_LIMITS, *INEQUALITIES)), source.reach(i, 1, (*_LIMITS, *INEQUALITIES))
-            yield _mutant(source, "addend", (i, i), "", " !{} *", shown)
+            yield (i, i), "", " !{} *", source.reach_both(i, (*_LIMITS, *INEQUALITIES))
 
 
-def _arguments(source: Source, parameters: dict[tuple[str, int], list[str]]) -> Iterator[Mutant]:
+def _arguments(source: Source) -> Iterator[_Edit]:
     for i, name in enumerate(source.tokens):
         bracket = source.behind_name(i) if source.is_word(i) else i
         is_declared = source.is_word(i - 1) and source.tokens[i - 1] not in ("return", "else")
         if source.tokens[bracket] != "(" or bracket == i or is_declared:
             continue
         arguments = source.items(bracket)
-        for parameter, around in zip(parameters.get((name, len(arguments)), ()), arguments, strict=False):
+        parameters = _parameters(source.path.parent).get((name, len(arguments)), [])
+        for parameter, around in zip(parameters, arguments, strict=False):
             for change in _ARGUMENTS.get(parameter, ()):
-                yield _mutant(source, "argument", around, "((", f") {change})", (i, source.match[bracket]))
+                yield around, "((", f") {change})", (i, source.match[bracket])
 
 
+@functools.cache
 def _parameters(native: Path) -> dict[tuple[str, int], list[str]]:
     """The names of the parameters of every function, by its name and their number."""
     code = "".join(blank(header.read_text()) for header in (HERE / "ptx.cuh", *native.glob("*.cuh")))
@@ -171,41 +151,47 @@ def _parameters(native: Path) -> dict[tuple[str, int], list[str]]:
     return {(name, len(names)): names for name, names in listed}
 
 
+_OPERATORS = {
+    "delete": _deletions,
+    "condition": _conditions,
+    "comparison": _comparisons,
+    "addend": _addends,
+    "argument": _arguments,
+}
+
+
 def find_mutants(native: Path) -> list[Mutant]:
     """All mutants of the sources in ``native``, each with a key of its own."""
-    parameters = _parameters(native)
-    found: list[Mutant] = []
-    for path in sorted([*native.glob("*.cuh"), *native.glob("*.h")]):
-        if path.name == "ptx.cuh":
-            continue
+    found: list[tuple[Mutant, str]] = []  # with the code that follows
+    for path in sorted({*native.glob("*.cuh"), *native.glob("*.h")} - {native / "ptx.cuh"}):
         source = Source(path)
-        operators = (
-            _deletions,
-            _conditions,
-            _comparisons,
-            _addends,
-            functools.partial(_arguments, parameters=parameters),
-        )
-        at = {start: i for i, (start, _) in enumerate(source.spans)}
-        mutants = (mutant for operator in operators for mutant in operator(source))
-        found += (mutant for mutant in mutants if not source.is_compile_time(at[mutant.start]))
+        for operator, find_edits in _OPERATORS.items():
+            edits = (edit for edit in find_edits(source) if not source.is_compile_time(edit[0][0]))
+            for (first, last), before, after, shown in edits:
+                start, end = source.spans[first][0], source.spans[last][1]
+                begin, stop = source.spans[shown[0]][0], source.spans[shown[1]][1]
+                name = source.code[begin:stop]
+                if operator != "delete":
+                    changed = before.format(1) + source.code[start:end] + after.format(1)
+                    name = source.code[begin:start] + changed + source.code[end:stop]
+                following = source.code[stop : source.code.find(";", stop + 1) + 1]
+                line = source.code.count("\n", 0, start) + 1
+                place = (path.name, line, start, end, before, after)
+                found.append((Mutant(operator, source.function(first), " ".join(name.split()), *place), following))
     # What is alike is told apart by what follows, or else counted.
-    alike, seen = Counter(mutant.key for mutant in found), Counter[str]()
-    for i, mutant in enumerate(found):
+    alike, seen, mutants = Counter(mutant.key for mutant, _ in found), Counter[str](), []
+    for mutant, following in found:
         if alike[mutant.key] > 1:
-            mutant = dataclasses.replace(mutant, code=f"{mutant.code} ... {mutant.following}")
+            mutant = dataclasses.replace(mutant, code=f"{mutant.code} ... {' '.join(following.split())}")
         seen[mutant.key] += 1
-        found[i] = (
-            dataclasses.replace(mutant, code=f"{mutant.code} ({seen[mutant.key]})") if seen[mutant.key] > 1 else mutant
-        )
-    return found
+        count = f" ({seen[mutant.key]})" if seen[mutant.key] > 1 else ""
+        mutants.append(dataclasses.replace(mutant, code=mutant.code + count))
+    return mutants
 
 
 def write_switch(folder: Path, num_mutants: int) -> None:
     """The header that says which mutant it is to be, included first by all sources in ``folder``."""
-    (folder / "mutant.h").write_text(
-        _SWITCH.format(num_mutants=num_mutants, most_visits=_MOST_VISITS, endless_status=ENDLESS_STATUS)
-    )
+    (folder / "mutant.h").write_text(_SWITCH % (num_mutants, _MOST_VISITS, ENDLESS_STATUS))
     for path in (*folder.glob("*.cuh"), *folder.glob("*.h")):
         if path.name not in ("mutant.h", "ptx.cuh"):
             path.write_text('#include "mutant.h"\n#line 1\n' + path.read_text())

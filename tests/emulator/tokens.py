@@ -23,7 +23,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         text = path.read_text()
-        self.file = path.name
+        self.path = path
         self.code = blank(text)
         found = list(_TOKEN.finditer(self.code))
         self.tokens = [token[0] for token in found]
@@ -78,6 +78,9 @@ class Source:
             items.append((at + 1, self.reach(at, 1, (",",))))
             at = items[-1][1] + 1
         return items
+
+    def reach_both(self, i: int, limits: tuple[str, ...]) -> tuple[int, int]:
+        return self.reach(i, -1, limits), self.reach(i, 1, limits)
 
     def statement_start(self, i: int) -> int:
         while self.around[i] >= 0 and self.tokens[self.around[i]] != "{":

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy.typing as npt
-from mlpdown.reference.order import VECTOR_SIZE
 
-from mlpdown.plan import Plan, instantiation
+from mlpdown.plan import VECTOR_SIZE, Plan, instantiation
 
 from .build import build
 from .cases import assert_same_bits, expected_bits, expected_partial_sums, make_inputs, make_negative_zeros
@@ -122,24 +121,11 @@ SETTINGS = {
 }
 
 
+_PLANS = [(setting.plan, setting.inputs.mlp_intermediate.size) for setting in SETTINGS.values()]
 # What these launch, of the ring and of registers.
 INSTANTIATIONS = (
-    sorted(
-        {
-            instantiation(s.plan, s.inputs.mlp_intermediate.size)
-            for s in SETTINGS.values()
-            if not s.plan.rows_in_registers
-        }
-    ),
-    tuple(
-        sorted(
-            {
-                (s.plan.rows_in_registers, s.plan.vectors_in_flight)
-                for s in SETTINGS.values()
-                if s.plan.rows_in_registers
-            }
-        )
-    ),
+    sorted({instantiation(plan, size) for plan, size in _PLANS if not plan.rows_in_registers}),
+    tuple(sorted({(plan.rows_in_registers, plan.vectors_in_flight) for plan, _ in _PLANS if plan.rows_in_registers})),
 )
 
 
