@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import resource
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -143,9 +144,9 @@ def run_apart(calls: Sequence[Callable[[], Failure | None]]) -> list[Failure | N
                 results.append(pickle.load(pipe))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status != 0:
-            results.append(
-                Failure("endless" if status == ENDLESS_STATUS else "crash", f"the process ended with status {status}")
-            )
+            check = "endless" if status == ENDLESS_STATUS else "crash"
+            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+            results.append(Failure(check, f"{check}: the process ended {how}"))
     return results
 
 
