@@ -64,7 +64,12 @@ def parametrise(layer: Any) -> None:
 
 
 def subclass(layer: Any) -> None:
-    layer.__class__ = type("FullyShardedLayer", (type(layer),), {})
+    own = type(layer)
+
+    def forward(self: Any, hidden_states: torch.Tensor, **keywords: Any) -> Any:
+        return own.forward(self, hidden_states * 2, **keywords)
+
+    layer.__class__ = type("ScaledLayer", (own,), {"forward": forward})
 
 
 CASES: dict[str, tuple[Any, str]] = {
@@ -73,7 +78,7 @@ CASES: dict[str, tuple[Any, str]] = {
         r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or",
     ),
     "adapted": (adapt, r"mlp.dense_4h_to_h is a .*\.Adapted, not a "),
-    "adapted MLP": (adapt_whole_mlp, r"mlp is a .*\.Adapted, not a "),
+    "adapted MLP": (adapt_whole_mlp, r"mlp is a .*\.Adapted, whose code is not known: it differs from .* in 'return self.base_layer"),
     "parametrised": (parametrise, r"mlp.dense_4h_to_h is a .*ParametrizedLinear, not a "),
     "offloaded layer": (offload, r"it has a forward of its own \(offloaded, dispatched or wrapped\)"),
     "offloaded linear": (lambda layer: offload(layer.mlp.dense_4h_to_h), r"mlp.dense_4h_to_h has a forward of its own"),
@@ -86,7 +91,7 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda layer: layer.post_mlp_dropout.register_forward_hook(lambda *_: None),
         r"post_mlp_dropout has forward hooks",
     ),
-    "subclass": (subclass, r"it is a .*FullyShardedLayer, a subclass of GPTNeoXLayer"),
+    "subclass": (subclass, r"ScaledLayer\.forward is not known: .*"),
     "other dtype": (
         lambda layer: layer.float(),
         r"mlp.dense_4h_to_h.weight is torch.float32; the op takes torch.float16 and torch.bfloat16",
@@ -106,8 +111,10 @@ def test_layer_is_left_alone_and_the_reason_given(case: str, caplog: pytest.LogC
     assert report.num_layers == NUM_LAYERS and report.num_patched == NUM_LAYERS - 1
     assert list(report.skipped) == ["gpt_neox.layers.0"]
     assert re.search(reason, report.skipped["gpt_neox.layers.0"]), report.skipped
-    assert str(report).startswith("1 of 2 layers patched\n  gpt_neox.layers.0 skipped: ")
-    assert str(report) in caplog.text
+    assert str(report).startswith("1 of 2 layers patched\n")
+    assert f"\n  gpt_neox.layers.0 skipped: {report.skipped['gpt_neox.layers.0']}" in str(report)
+    assert "1 of 2 layers are not patched: print the handle for the reasons" in caplog.text
+    assert "skipped" not in caplog.text, "who prints the handle reads the reasons once"
     assert type(first) is class_before and first.__dict__ == attributes_before
     assert type(second) is not class_before
 
@@ -125,7 +132,7 @@ def test_intermediate_dim_that_the_op_does_not_take() -> None:
     report = mlpdown.patch(make_model("qwen2", intermediate_size=100)).report
     assert report.num_patched == 0
     assert set(report.skipped.values()) == {
-        "mlp.down_proj.weight has an intermediate_dim of 100; the op takes multiples of 8"
+        "mlp.down_proj.weight is [64, 100]; the op takes a matrix with a multiple of 8 columns"
     }
 
 
@@ -143,7 +150,7 @@ def test_tensor_parallel_weight() -> None:
     finally:
         distributed.destroy_process_group()
     assert report.skipped.keys() == {"model.layers.1"}
-    assert re.search(r"mlp.down_proj.weight is a .*DTensor, not a plain tensor", report.skipped["model.layers.1"])
+    assert re.search(r"mlp.down_proj.weight is a .*DTensor, not a plain parameter", report.skipped["model.layers.1"])
 
 
 def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
