@@ -183,6 +183,8 @@ LAYERS = (
 
 MLPS = (
     MLPForm("Llama", "02398308 5da03882 35a31d2c", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
+    MLPForm("Qwen2.5-Omni", "059bd141 8e586a5f", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
+    MLPForm("Seed-OSS", "02398308 5da03882 49b921bb 35a31d2c", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
     MLPForm(
         "GLM", "08bb89cc 73328103 a9151851 6edcdb7c 7837b53c", ("activation_fn", "gate_up_proj", "down_proj"), gated_in_one
     ),
