@@ -214,17 +214,21 @@ KNOWN: dict[Any, LayerForm | MLPForm | LeafForm] = {}
 """The form of each method that :func:`recognise` has recognised: one look at each call."""
 
 
-def recognise(function: Any, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
-    """The form that a method has.
+def recognise(cls: type, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
+    """The form that the forward of a class has.
 
     Raises:
         UnknownCode: it has none of ``forms``; the message says what differs from the nearest.
     """
+    function = getattr(cls, "forward", None)
     unwrapped = unwrap(function)
     form = KNOWN.get(function)
     if form not in forms:
-        form = _match(unwrapped.function, forms)
-        verify(unwrapped.function)
+        try:
+            form = _match(unwrapped.function, forms)
+            verify(unwrapped.function)
+        except UnknownCode as error:
+            raise UnknownCode(f"{cls.__module__}.{cls.__qualname__}.forward is not known: {error}") from None
         KNOWN[function] = form
     return form, unwrapped
 
@@ -240,7 +244,7 @@ def _match(function: Any, forms: tuple[Form, ...]) -> Form:
     nearest, most = forms[0], -1
     code: list[str] = []
     for form in forms:
-        for version in _versions(form.code):
+        for version in versions(form.code):
             if version == own:
                 return form
             shared = len(set(version) & set(own))
@@ -253,7 +257,8 @@ def _match(function: Any, forms: tuple[Form, ...]) -> Form:
     raise UnknownCode(f"it differs from {nearest.name}'s in {what}")
 
 
-def _versions(code: str) -> list[list[str]]:
+def versions(code: str) -> list[list[str]]:
+    """The codes that a form stands for, by version of transformers."""
     places = [place.split("|") for place in code.split()]
     return [
         [place[min(number, len(place) - 1)] for place in places] for number in range(max(len(place) for place in places))

@@ -103,8 +103,8 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
     """Let the layers of a Hugging Face model end in one op when they decode one token.
 
     A layer is known by the code of its forward and of its MLP's, not by its name. ``mlpdown/patching/forms.py`` has the forms, for
-    transformers 4.57 and 5.x. They are those of Llama (with Qwen 2 and 3, Mistral, Gemma, SmolLM3, GLM, Starcoder2 and others),
-    GPT-NeoX and Pythia, Phi, Phi-3, GPT-J and CodeGen, Cohere, StableLM, Persimmon and Nemotron. Layers are found anywhere within ``model``.
+    transformers 4.57 and 5.x: Llama's (with Qwen 2 and 3, Mistral, Gemma, SmolLM3, GLM, Starcoder2 and others), GPT-NeoX's and Pythia's,
+    Phi's, Phi-3's, GPT-J's and CodeGen's, Cohere's, StableLM's, Persimmon's and Nemotron's. Layers are found anywhere within ``model``.
 
     A patched layer changes its class to a subclass of the same name and gets one attribute; parameters, state_dict, hooks, gradient
     checkpointing and training stay as they were, and so do pickling and copying (a copy of a patched model is patched; to unpickle one,
@@ -203,7 +203,7 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
             try:
                 found[cls] = cls if _has_patched_forward(cls) else patched_class(cls)
             except UnknownCode as error:
-                found[cls] = f"{cls.__qualname__}.forward is not known: {error}"
+                found[cls] = str(error)
         if isinstance(found[cls], str):
             inner = list(module.modules())[1:]
             if id(module) not in items or not any(isinstance(each, nn.Linear) for each in inner):

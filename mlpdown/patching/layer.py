@@ -88,9 +88,9 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
         UnknownCode: its forward, or that of torch's own modules, has code that is not known.
     """
     for leaf, forms in ((nn.Linear, LINEARS), (nn.Dropout, DROPOUTS)):
-        recognise(leaf.forward, forms)
+        recognise(leaf, forms)
     replaced: Any = own.forward
-    form, unwrapped = recognise(replaced, LAYERS)
+    form, unwrapped = recognise(own, LAYERS)
     for cls in own.__subclasses__():
         if cls.__dict__.get("replaced") is replaced:
             return cls
@@ -113,17 +113,16 @@ def _new_layer(own: type[nn.Module]) -> nn.Module:
     try:
         cls = patched_class(own)
     except UnknownCode as error:
-        logger.warning("a layer that was patched when it was pickled is not patched: %s: %s", own.__qualname__, error)
+        logger.warning("a layer that was patched when it was pickled is not patched now: %s", error)
         cls = own
     return cls.__new__(cls)
 
 
 def _recognise_mlp(layer: Any) -> str | None:
-    mlp = layer._modules.get("mlp")
     try:
-        recognise(getattr(type(mlp), "forward", None), MLPS)
+        recognise(type(layer._modules.get("mlp")), MLPS)
     except UnknownCode as error:
-        return f"mlp is a {full_name(type(mlp))}, whose code is not known: {error}"
+        return f"mlp: {error}"
     return None
 
 
