@@ -266,7 +266,7 @@ def _end_of_mlp(
     dtype, shape = weight.dtype, weight.shape
     if dtype not in DTYPES:
         return f"mlp.{name}.weight is {dtype}; the op takes torch.float16 and torch.bfloat16"
-    if len(shape) != 2 or not shape[1] or shape[1] % VECTOR_SIZE:
+    if len(shape) != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
         return f"mlp.{name}.weight is {list(shape)}; the op takes a matrix with a multiple of {VECTOR_SIZE} columns"
     if not weight.is_contiguous():
         return f"mlp.{name}.weight is not contiguous, strides {weight.stride()}"
