@@ -193,7 +193,9 @@ def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
     """Why the op may not compute a call in the state that torch is in, or None. The first questions turn most calls away."""
     if not isinstance(hidden_states, torch.Tensor):
         return "hidden_states is not a tensor"
-    num_elements = hidden_states.numel()
+    num_elements: Any = hidden_states.numel()
+    if isinstance(num_elements, torch.Tensor):
+        return only_pytorch()  # torch.jit traces
     if compiling or type(num_elements) is not int:
         # A graph for many lengths must stay one: nothing is asked of a length that is not known.
         one_token = all(statically_known_true(size == 1) for size in hidden_states.shape[:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
 import pkgutil
 from collections.abc import Iterator
 from typing import Any
@@ -90,8 +91,6 @@ TINY: dict[str, Any] = dict(
 def tiny_config(config_class: Any, **changes: Any) -> Any:
     default = config_class()
     settings = {name: value for name, value in TINY.items() if hasattr(default, name)}
-    if "kv_lora_rank" in settings:
-        settings["num_key_value_heads"] = settings["num_attention_heads"]
     config = config_class(**{**settings, **changes})
     config._experts_implementation = config._attn_implementation = "eager"  # the other experts take no float64
     return config
@@ -121,13 +120,13 @@ def tiny_model(layer_class: type[nn.Module], **changes: Any) -> Any:
 class Alone(nn.Module):
     """A layer by itself, for classes whose models want images, sound or more than a configuration."""
 
-    def __init__(self, layer_class: type[nn.Module]) -> None:
+    def __init__(self, layer_class: type[nn.Module], **changes: Any) -> None:
         super().__init__()
         parameters = inspect.signature(layer_class.__init__).parameters
         config_class = parameters["config"].annotation
         if isinstance(config_class, str):
             config_class = vars(inspect.getmodule(layer_class))[config_class]
-        config = tiny_config(config_class)
+        config = tiny_config(config_class, **changes)
         torch.manual_seed(0)
         self.layers = nn.ModuleList([layer_class(config, **({"layer_idx": 0} if "layer_idx" in parameters else {}))])
         randomise(self)
@@ -143,6 +142,10 @@ class Alone(nn.Module):
         position_embeddings = angles.cos(), angles.sin()
         out = self.layers[0](states, attention_mask=None, position_embeddings=position_embeddings)
         return out if isinstance(out, tuple) else (out,)
+
+
+def tiny_layer(layer_class: type[nn.Module], **changes: Any) -> Any:
+    return Alone(layer_class, **changes).half().eval()
 
 
 @torch.no_grad()
@@ -213,13 +216,14 @@ def test_every_layer_of_transformers_that_is_known(capsys: pytest.CaptureFixture
     same, elsewhere, not_made = [], {}, {}
     for layer_class in layers_of_known_code():
         name = f"{layer_class.__module__.split('.')[2]}.{layer_class.__name__}"
-        for make in (tiny_model, lambda layer_class: Alone(layer_class).half().eval()):
+        # Latent attention wants as many heads of one kind as of the other.
+        for make, num_key_value_heads in itertools.product((tiny_model, tiny_layer), (2, 4)):
             try:
-                model = make(layer_class)
+                model = make(layer_class, num_key_value_heads=num_key_value_heads)
                 states(model), states(copy.deepcopy(model).double())
                 break
             except Exception as error:  # noqa: BLE001 - what has no tiny model that takes one token is listed
-                not_made.setdefault(name, str(error).splitlines()[0][:120])
+                not_made[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
         else:
             continue
         not_made.pop(name, None)
