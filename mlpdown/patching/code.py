@@ -162,4 +162,12 @@ def _definition(function: Any) -> ast.FunctionDef:
 
 def _content(code: CodeType) -> tuple[Any, ...]:
     constants = [_content(each) if isinstance(each, CodeType) else (type(each), each) for each in code.co_consts]
-    return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C
+    return (
+        code.co_code,
+        constants,
+        code.co_names,
+        code.co_varnames,
+        code.co_argcount,
+        code.co_kwonlyargcount,
+        code.co_flags & 0x0C,
+    )

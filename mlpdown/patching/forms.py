@@ -77,118 +77,98 @@ def plain(x: torch.Tensor, modules: dict[str, Any], names: tuple[str, ...]) -> t
 
 
 # Places that several forms share. Signature and call of the attention: transformers 4.57 to 5.3, 5.4 to 5.23, from 5.24.
-_SIGNATURE = "bcbd7656|7a4b1fc8|fac981cd"
-_NORM = "4372fe53 a0f6f229"
-_MLP = "4372fe53 ab84815a e8eabce0"
-_ON_DEMAND = "bdac5252 89687f8b af915624"
+_SIGNATURE, _LATER_SIGNATURE, _OLD_SIGNATURE = "bcbd7656|7a4b1fc8|fac981cd", "7a4b1fc8|fac981cd", "12814152"
+_NORM, _MLP, _BARE, _ON_DEMAND = (
+    "4372fe53 a0f6f229",
+    "4372fe53 ab84815a e8eabce0",
+    "b7e6c004",
+    "bdac5252 89687f8b af915624",
+)
+_NEOX_NAMES: dict[str, Any] = dict(
+    attention="attention",
+    parallel="use_parallel_residual",
+    attention_dropout="post_attention_dropout",
+    mlp_dropout="post_mlp_dropout",
+    by_name=False,
+)
+_PHI_NAMES: dict[str, Any] = dict(
+    mlp_norm=None, parallel=True, attention_dropout="resid_dropout", mlp_dropout="resid_dropout"
+)
+_PHI_3_NAMES: dict[str, Any] = dict(attention_dropout="resid_attn_dropout", mlp_dropout="resid_mlp_dropout")
+_STABLELM_NAMES: dict[str, Any] = dict(
+    parallel="use_parallel_residual", one_norm_if_parallel=True, mlp_dropout="dropout", passes_rest=False
+)
+_COHERE_NAMES: dict[str, Any] = dict(mlp_norm=None, parallel=True)
+_GPT_J_NAMES: dict[str, Any] = dict(norm="ln_1", attention="attn", mlp_norm=None, parallel=True)
 
 LAYERS = (
-    LayerForm("Llama", f"{_SIGNATURE} {_NORM} 44e9721b|56e8bab1|17ec05da d6ae8fb3 {_MLP} d6ae8fb3 b7e6c004"),
+    LayerForm("Llama", f"{_SIGNATURE} {_NORM} 44e9721b|56e8bab1|17ec05da d6ae8fb3 {_MLP} d6ae8fb3 {_BARE}"),
     LayerForm(
-        "Qwen2-VL of transformers 4.57",
-        f"12814152 {_NORM} 7284e9d5 d6ae8fb3 {_MLP} d6ae8fb3 {_ON_DEMAND}",
+        "Qwen2-VL (transformers 4.57)",
+        f"{_OLD_SIGNATURE} {_NORM} 7284e9d5 d6ae8fb3 {_MLP} d6ae8fb3 {_ON_DEMAND}",
         answer=on_demand,
     ),
     LayerForm(
         "Nemotron",
-        f"7a4b1fc8|fac981cd {_NORM} 859c0e75|06cf433e d6ae8fb3 {_MLP} d6ae8fb3 b7e6c004",
+        f"{_LATER_SIGNATURE} {_NORM} 859c0e75|06cf433e d6ae8fb3 {_MLP} d6ae8fb3 {_BARE}",
         passes_rest=False,
-    ),
-    LayerForm(
-        "Phi-3",
-        f"{_SIGNATURE} {_NORM} 834396f1|64a7fbf3|e1944566 90614579 {_MLP} 69ac5369 b7e6c004",
-        attention_dropout="resid_attn_dropout",
-        mlp_dropout="resid_mlp_dropout",
     ),
     LayerForm(
         "Persimmon",
-        f"7a4b1fc8|fac981cd {_NORM} 56e8bab1|17ec05da d6ae8fb3 {_MLP} 5c623cd9 dca2c61e b7e6c004",
+        f"{_LATER_SIGNATURE} {_NORM} 56e8bab1|17ec05da d6ae8fb3 {_MLP} 5c623cd9 dca2c61e {_BARE}",
         mlp_dropout="dropout",
     ),
     LayerForm(
-        "GPT-NeoX",
-        "9d8c32a5 36d1d5fd 8ea6a431 80b929ab b7e6c004",
-        attention="attention",
-        parallel="use_parallel_residual",
-        attention_dropout="post_attention_dropout",
-        mlp_dropout="post_mlp_dropout",
-        by_name=False,
+        "Phi-3",
+        f"{_SIGNATURE} {_NORM} 834396f1|64a7fbf3|e1944566 90614579 {_MLP} 69ac5369 {_BARE}",
+        **_PHI_3_NAMES,
     ),
+    LayerForm("GPT-NeoX", f"9d8c32a5 36d1d5fd 8ea6a431 80b929ab {_BARE}", **_NEOX_NAMES),
     LayerForm(
-        "GPT-NeoX of transformers 4.57",
+        "GPT-NeoX (transformers 4.57)",
         "d6d9ffbc|e26395aa 2bcfe4cc|f8cfe5ca 8ea6a431 80b929ab bdac5252 bd1ebbe1 af915624",
-        attention="attention",
-        parallel="use_parallel_residual",
-        attention_dropout="post_attention_dropout",
-        mlp_dropout="post_mlp_dropout",
-        by_name=False,
         answer=on_demand,
+        **_NEOX_NAMES,
     ),
+    LayerForm("StableLM", f"{_LATER_SIGNATURE} {_NORM} a77a8467|6a882592 fba6ecb7 {_BARE}", **_STABLELM_NAMES),
+    LayerForm("Phi", f"{_LATER_SIGNATURE} {_NORM} 41cc482b|3165e942 da401346 d7d3b5c2 e654c703 {_BARE}", **_PHI_NAMES),
     LayerForm(
-        "StableLM",
-        f"7a4b1fc8|fac981cd {_NORM} a77a8467|6a882592 fba6ecb7 b7e6c004",
-        parallel="use_parallel_residual",
-        one_norm_if_parallel=True,
-        mlp_dropout="dropout",
-        passes_rest=False,
-    ),
-    LayerForm(
-        "Phi",
-        f"7a4b1fc8|fac981cd {_NORM} 41cc482b|3165e942 da401346 d7d3b5c2 e654c703 b7e6c004",
-        mlp_norm=None,
-        parallel=True,
-        attention_dropout="resid_dropout",
-        mlp_dropout="resid_dropout",
-    ),
-    LayerForm(
-        "Phi of transformers 4.57",
-        f"12814152 {_NORM} 938b20cd da401346 d7d3b5c2 e654c703 {_ON_DEMAND}",
-        mlp_norm=None,
-        parallel=True,
-        attention_dropout="resid_dropout",
-        mlp_dropout="resid_dropout",
+        "Phi (transformers 4.57)",
+        f"{_OLD_SIGNATURE} {_NORM} 938b20cd da401346 d7d3b5c2 e654c703 {_ON_DEMAND}",
         answer=on_demand,
+        **_PHI_NAMES,
     ),
-    LayerForm(
-        "Cohere",
-        f"{_SIGNATURE} {_NORM} 93b6dc42|28557d36|b1ca9c1e 79cd7f8c 477ecda7 b7e6c004",
-        mlp_norm=None,
-        parallel=True,
-    ),
+    LayerForm("Cohere", f"{_SIGNATURE} {_NORM} 93b6dc42|28557d36|b1ca9c1e 79cd7f8c 477ecda7 {_BARE}", **_COHERE_NAMES),
     LayerForm(
         "Cohere 2",
-        f"996cffa9|f64d6725|cb82788a|a68c2548 {_NORM} 33bbc800|33bbc800|fcdaff14|b4e5edbe 79cd7f8c 477ecda7 b7e6c004",
-        mlp_norm=None,
-        parallel=True,
+        f"996cffa9|f64d6725|cb82788a|a68c2548 {_NORM} 33bbc800|33bbc800|fcdaff14|b4e5edbe 79cd7f8c 477ecda7 {_BARE}",
+        **_COHERE_NAMES,
     ),
+    LayerForm("GPT-J", "fac981cd 4372fe53 442ddb52 ba3aa416 5a954d4a cc538f3b", **_GPT_J_NAMES),
     LayerForm(
-        "GPT-J",
-        "fac981cd 4372fe53 442ddb52 ba3aa416 5a954d4a cc538f3b",
-        norm="ln_1",
-        attention="attn",
-        mlp_norm=None,
-        parallel=True,
-    ),
-    LayerForm(
-        "GPT-J before transformers 5.24",
+        "GPT-J (before transformers 5.24)",
         "804abcf1|9c87426d|a01cc402 4372fe53 442ddb52 fe1d5805|e3b5df63|7acd939b 5a954d4a e654c703 dbb61ca6",
-        norm="ln_1",
-        attention="attn",
-        mlp_norm=None,
-        parallel=True,
         passes_rest=False,
         answer=pair,
+        **_GPT_J_NAMES,
     ),
 )
 
+_GATED = ("act_fn", "gate_proj", "up_proj", "down_proj")
+
 MLPS = (
-    MLPForm("Llama", "02398308 5da03882 35a31d2c", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
-    MLPForm("Qwen2.5-Omni", "059bd141 8e586a5f", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
-    MLPForm("Seed-OSS", "02398308 5da03882 49b921bb 35a31d2c", ("act_fn", "gate_proj", "up_proj", "down_proj"), gated),
+    MLPForm("Llama", "02398308 5da03882 35a31d2c", _GATED, gated),
+    MLPForm("Qwen2.5-Omni", "059bd141 8e586a5f", _GATED, gated),
+    MLPForm("Seed-OSS", "02398308 5da03882 49b921bb 35a31d2c", _GATED, gated),
     MLPForm(
-        "GLM", "08bb89cc 73328103 a9151851 6edcdb7c 7837b53c", ("activation_fn", "gate_up_proj", "down_proj"), gated_in_one
+        "GLM",
+        "08bb89cc 73328103 a9151851 6edcdb7c 7837b53c",
+        ("activation_fn", "gate_up_proj", "down_proj"),
+        gated_in_one,
     ),
-    MLPForm("GPT-NeoX", "08bb89cc 9a9a5b39 f3eed738 6492398a b7e6c004", ("act", "dense_h_to_4h", "dense_4h_to_h"), plain),
+    MLPForm(
+        "GPT-NeoX", "08bb89cc 9a9a5b39 f3eed738 6492398a b7e6c004", ("act", "dense_h_to_4h", "dense_4h_to_h"), plain
+    ),
     MLPForm("CLIP", "08bb89cc 0fb32d17 f5d5b835 92fedb8b b7e6c004", ("activation_fn", "fc1", "fc2"), plain),
     MLPForm("Arcee", "02398308 b34b5aa0", ("act_fn", "up_proj", "down_proj"), plain),
     MLPForm("Starcoder2", "08bb89cc 674f51ad f3eed738 237ac693 84aaf3bc b7e6c004", ("act", "c_fc", "c_proj"), plain),
@@ -261,5 +241,6 @@ def versions(code: str) -> list[list[str]]:
     """The codes that a form stands for, by version of transformers."""
     places = [place.split("|") for place in code.split()]
     return [
-        [place[min(number, len(place) - 1)] for place in places] for number in range(max(len(place) for place in places))
+        [place[min(number, len(place) - 1)] for place in places]
+        for number in range(max(len(place) for place in places))
     ]

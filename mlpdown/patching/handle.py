@@ -16,7 +16,7 @@ from torch import nn
 import mlpdown
 from mlpdown.backends import BACKENDS
 
-from .code import UnknownCode, unwrap
+from .code import UnknownCode
 from .layer import ATTRIBUTE, PatchedLayer, Record, Settings, layer_obstacle, own_class, patched_class
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class PatchReport:
             first, *rest = group
             lines.append(f"  {first}{f' to {rest[-1]} ({1 + len(rest)})' if rest else ''} skipped: {reason}")
         if any("not known" in reason for reason in self.skipped.values()):
-            lines.append("  Code that is not known becomes known by a line in mlpdown/patching/forms.py: send this report, or the line.")
+            lines.append(
+                "  A line in mlpdown/patching/forms.py makes code known: send the project this report, or the line."
+            )
         return "\n".join(lines)
 
 
@@ -201,7 +203,7 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
         cls = type(module)
         if cls not in found:
             try:
-                found[cls] = cls if _has_patched_forward(cls) else patched_class(cls)
+                found[cls] = patched_class(cls) if own_class(cls) is None else cls
             except UnknownCode as error:
                 found[cls] = str(error)
         if isinstance(found[cls], str):
@@ -210,12 +212,6 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
                 continue
         last = f"{name}." if name else ""
         yield name, module, found[cls]
-
-
-def _has_patched_forward(cls: type) -> bool:
-    """Whether ``cls`` is a patched class, or one that somebody made of a patched class without a forward of its own."""
-    patched = next((each for each in cls.__mro__ if own_class(each) is not None), None)
-    return patched is not None and unwrap(cls.forward).function is unwrap(patched.forward).function  # type: ignore[attr-defined]
 
 
 def _obstacle(layer: Any, cls: Any) -> str | None:
@@ -266,7 +262,7 @@ def _release(name: str, layer: nn.Module, record: Record | None) -> bool:
     if own is not None:
         _swap_class(layer, own)
     elif isinstance(layer, PatchedLayer):
-        logger.warning("%s keeps its class %s, made of the patched one; it runs the model's own code", name, type(layer).__name__)
+        logger.warning("%s keeps its class %s, made of a patched one; it runs the model's own code", name, type(layer))
     if own is not None and "forward" in layer.__dict__ and not _is_bound(layer.__dict__["forward"], layer, own):
         logger.warning("%s keeps the forward that it was given while patched; that runs the model's own code", name)
     return True

@@ -142,9 +142,7 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
         record, compiling = attributes[ATTRIBUTE][-1], is_compiling()
         found: Any = _refusal(self, hidden_states, compiling) or _end_of_mlp(self, form, hidden_states, compiling)
         if type(found) is tuple and (
-            positional
-            or not renamed.isdisjoint(keywords)
-            or not (form.passes_rest or names.issuperset(keywords))
+            positional or not renamed.isdisjoint(keywords) or not (form.passes_rest or names.issuperset(keywords))
         ):
             found = "arguments are not given as the model gives them"
         if type(found) is str:
@@ -191,16 +189,16 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
 
 def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
     """Why the op may not compute a call in the state that torch is in, or None. The first questions turn most calls away."""
-    if not isinstance(hidden_states, torch.Tensor):
+    if type(hidden_states) is not torch.Tensor and not isinstance(hidden_states, torch.Tensor):
         return "hidden_states is not a tensor"
     num_elements: Any = hidden_states.numel()
-    if isinstance(num_elements, torch.Tensor):
+    if type(num_elements) is int and not compiling:
+        one_token = num_elements == hidden_states.shape[-1]
+    elif isinstance(num_elements, torch.Tensor):
         return only_pytorch()  # torch.jit traces
-    if compiling or type(num_elements) is not int:
+    else:
         # A graph for many lengths must stay one: nothing is asked of a length that is not known.
         one_token = all(statically_known_true(size == 1) for size in hidden_states.shape[:-1])
-    else:
-        one_token = num_elements == hidden_states.shape[-1]
     if not one_token:
         return "there is more than one token"
     if torch.is_grad_enabled():

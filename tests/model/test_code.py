@@ -84,9 +84,7 @@ REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("replacement", REPLACEMENTS)
 @pytest.mark.parametrize("place", ["layer", "mlp"])
-def test_replaced_forward(
-    place: str, replacement: str, when: str, monkeypatch: pytest.MonkeyPatch, calls: Any
-) -> None:
+def test_replaced_forward(place: str, replacement: str, when: str, monkeypatch: pytest.MonkeyPatch, calls: Any) -> None:
     owner = modeling_llama.LlamaDecoderLayer if place == "layer" else modeling_llama.LlamaMLP
     model = make_model("llama")
     unchanged = step(model)

@@ -245,9 +245,7 @@ def test_errors_name_the_argument(model: Any) -> None:
         mlpdown.unpatch("model")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be one of auto, native, numba, torch, got 'cuda'"):
         mlpdown.patch(model, backend="cuda")
-    with pytest.raises(
-        ValueError, match=r"model must contain the layers of a transformer, .*got Linear without any"
-    ):
+    with pytest.raises(ValueError, match=r"model must contain the layers of a transformer, .*got Linear without any"):
         mlpdown.patch(nn.Linear(8, 8))
     if not mlpdown.backends()["native"].available:
         with pytest.raises(RuntimeError, match="backend 'native' cannot run here: "):

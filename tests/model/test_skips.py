@@ -78,7 +78,10 @@ CASES: dict[str, tuple[Any, str]] = {
         r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or",
     ),
     "adapted": (adapt, r"mlp.dense_4h_to_h is a .*\.Adapted, not a "),
-    "adapted MLP": (adapt_whole_mlp, r"mlp: .*\.Adapted.forward is not known: it differs from .* in 'return self.base_layer"),
+    "adapted MLP": (
+        adapt_whole_mlp,
+        r"mlp: .*\.Adapted.forward is not known: it differs from .* in 'return self.base_layer",
+    ),
     "parametrised": (parametrise, r"mlp.dense_4h_to_h is a .*ParametrizedLinear, not a "),
     "offloaded layer": (offload, r"it has a forward of its own \(offloaded, dispatched or wrapped\)"),
     "offloaded linear": (lambda layer: offload(layer.mlp.dense_4h_to_h), r"mlp.dense_4h_to_h has a forward of its own"),
