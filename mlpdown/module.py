@@ -176,7 +176,7 @@ def module_obstacle(module: nn.Module) -> str | None:
         return "has a forward of its own (offloaded, dispatched or wrapped)"
     if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
         return "has forward hooks (tensor-parallel, or somebody listens)"
-    if attributes.get("_compiled_call_impl") is not None:
+    if "_compiled_call_impl" in attributes:
         return "has been compiled by itself"
     return None
 

@@ -191,27 +191,38 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Module] | str]]:
-    """Every layer of known code, with the class that takes the place of its own, and every item of a list of modules that could be a layer,
-    with what differs. What is within a layer is none.
+    """Every layer of known code, with the class that takes the place of its own; then every item of a list of modules that could be a
+    layer, with what differs from known code: one that has modules with matrices, and is neither within a layer nor around one.
     """
-    found: dict[type, Any] = {}
-    last: str | None = None
+    classes: dict[type, type[nn.Module] | None] = {}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        if "mlp" not in module._modules or (names and _is_within(name, names[-1])):
+            continue
+        if cls not in classes:
+            try:
+                classes[cls] = cls if own_class(cls) is not None else patched_class(cls)
+            except UnknownCode:
+                classes[cls] = None
+        patched = classes[cls]
+        if patched is not None:
+            names.append(name)
+            yield name, module, patched
     items = {id(item) for each in model.modules() if isinstance(each, nn.ModuleList) for item in each}
     for name, module in model.named_modules():
-        if last is not None and name.startswith(last):
-            continue  # within the layer before
-        cls = type(module)
-        if cls not in found:
+        if id(module) not in items or any(_is_within(name, each) or _is_within(each, name) for each in names):
+            continue
+        if any(parameter.dim() == 2 for child in module.children() for parameter in child.parameters()):
+            names.append(name)
             try:
-                found[cls] = patched_class(cls) if own_class(cls) is None else cls
+                patched_class(type(module))
             except UnknownCode as error:
-                found[cls] = str(error)
-        if isinstance(found[cls], str):
-            inner = list(module.modules())[1:]
-            if id(module) not in items or not any(isinstance(each, nn.Linear) for each in inner):
-                continue
-        last = f"{name}." if name else ""
-        yield name, module, found[cls]
+                yield name, module, str(error)
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def _obstacle(layer: Any, cls: Any) -> str | None:
@@ -219,7 +230,7 @@ def _obstacle(layer: Any, cls: Any) -> str | None:
     forward = layer.__dict__.get("forward")
     if forward is not None and not _is_bound(forward, layer, type(layer)):
         return "it has a forward of its own (offloaded, dispatched or wrapped)"
-    return layer_obstacle(layer, cls.form)
+    return layer_obstacle(layer, cls)
 
 
 def _backend_of_one_token(backend: str, layers: list[nn.Module]) -> tuple[str | None, str | None]:

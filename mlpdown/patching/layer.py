@@ -78,7 +78,7 @@ class PatchedLayer:
 
 def own_class(patched: type) -> type[nn.Module] | None:
     """The class in whose place ``patched`` is; None for a class that :func:`patched_class` did not make."""
-    return patched.__dict__.get("own_class")
+    return patched.__dict__.get("_mlpdown_own")
 
 
 def patched_class(own: type[nn.Module]) -> type[nn.Module]:
@@ -92,19 +92,25 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     replaced: Any = own.forward
     form, unwrapped = recognise(own, LAYERS)
     for cls in own.__subclasses__():
-        if cls.__dict__.get("replaced") is replaced:
+        if cls.__dict__.get("_mlpdown_replaced") is replaced:
             return cls
-    forward = _make_forward(own, replaced, form, unwrapped)
-    content = {"forward": forward, "own_class": own, "replaced": replaced, "form": form, "__module__": __name__}
+    content = {
+        "__module__": __name__,
+        "__qualname__": own.__qualname__,
+        "forward": _make_forward(own, replaced, form, unwrapped),
+        "_mlpdown_own": own,
+        "_mlpdown_replaced": replaced,
+        "_mlpdown_form": form,
+    }
     metaclass: Any = type(own)
-    return metaclass(own.__name__, (PatchedLayer, own), {**content, "__qualname__": own.__qualname__})
+    return metaclass(own.__name__, (PatchedLayer, own), content)
 
 
-def layer_obstacle(layer: Any, form: LayerForm) -> str | None:
-    """Why the op cannot stand in for the end of this layer's MLP, or None."""
+def layer_obstacle(layer: Any, patched: Any) -> str | None:
+    """Why the op cannot stand in for the end of this layer's MLP once the layer is of class ``patched``, or None."""
     reason = _recognise_mlp(layer)
     if reason is None:
-        found = _end_of_mlp(layer, form)
+        found = _end_of_mlp(layer, patched._mlpdown_form)
         reason = found if isinstance(found, str) else None
     return reason
 
@@ -137,9 +143,10 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
     @functools.wraps(unwrapped.function)
     def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
         attributes = self.__dict__
-        if ATTRIBUTE not in attributes or own.forward is not replaced:
+        records = attributes.get(ATTRIBUTE)
+        if records is None or own.forward is not replaced:
             return own.forward(self, hidden_states, *positional, **keywords)
-        record, compiling = attributes[ATTRIBUTE][-1], is_compiling()
+        record, compiling = records[-1], is_compiling()
         found: Any = _refusal(self, hidden_states, compiling) or _end_of_mlp(self, form, hidden_states, compiling)
         if type(found) is tuple and (
             positional or not renamed.isdisjoint(keywords) or not (form.passes_rest or names.issuperset(keywords))
@@ -189,16 +196,16 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
 
 def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
     """Why the op may not compute a call in the state that torch is in, or None. The first questions turn most calls away."""
-    if type(hidden_states) is not torch.Tensor and not isinstance(hidden_states, torch.Tensor):
-        return "hidden_states is not a tensor"
+    if type(hidden_states) is not torch.Tensor and not (compiling and _is_plain(hidden_states)):
+        return "hidden_states is not a plain tensor"
     num_elements: Any = hidden_states.numel()
-    if type(num_elements) is int and not compiling:
-        one_token = num_elements == hidden_states.shape[-1]
-    elif isinstance(num_elements, torch.Tensor):
-        return only_pytorch()  # torch.jit traces
-    else:
+    if compiling:
         # A graph for many lengths must stay one: nothing is asked of a length that is not known.
         one_token = all(statically_known_true(size == 1) for size in hidden_states.shape[:-1])
+    elif type(num_elements) is not int:
+        return "torch.jit traces"
+    else:
+        one_token = num_elements == hidden_states.shape[-1]
     if not one_token:
         return "there is more than one token"
     if torch.is_grad_enabled():
@@ -208,8 +215,8 @@ def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
         return "the layer is in train mode"
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "there are hooks for all modules, which would not see those that are stepped over"
-    if not (compiling or (F.linear is LINEAR and nn.Module.__call__ is MODULE_CALL)):
-        return "a function of torch has been replaced"
+    if F.linear is not LINEAR:
+        return "torch.nn.functional.linear has been replaced"
     if not hidden_states.is_contiguous():
         return "hidden_states is not contiguous"
     return only_pytorch()
@@ -229,6 +236,9 @@ def _end_of_mlp(
     mlp_form = KNOWN.get(type(mlp).forward)
     if type(mlp_form) is not MLPForm:
         return "mlp has other code than when the model was patched"
+    # Export replaces the call of every module.
+    if type(mlp).__call__ is not MODULE_CALL and not compiling:
+        return "mlp is called in another way than a torch.nn.Module"
     mlp_modules = mlp.__dict__["_modules"]
     for name in mlp_form.modules:
         if name not in mlp_modules:
@@ -257,12 +267,11 @@ def _end_of_mlp(
     if "weight" not in parameters or "bias" not in parameters:
         return f"mlp.{name} {linear_obstacle(linear)}"
     weight, bias = parameters["weight"], parameters["bias"]
-    if compiling:
-        # While a model is traced for export its parameters have another type.
-        if is_traceable_wrapper_subclass(weight):
-            return f"mlp.{name}.weight is a {full_name(type(weight))}, not a plain parameter"
-    elif type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
-        return f"mlp.{name}.weight is a {full_name(type(weight))}, not a plain parameter (quantised or tensor-parallel)"
+    for parameter in (weight, bias):
+        if parameter is not None and type(parameter) is not nn.Parameter and not (compiling and _is_plain(parameter)):
+            return (
+                f"mlp.{name} has a {full_name(type(parameter))}, not a plain parameter (quantised or tensor-parallel)"
+            )
     dtype, shape = weight.dtype, weight.shape
     if dtype not in DTYPES:
         return f"mlp.{name}.weight is {dtype}; the op takes torch.float16 and torch.bfloat16"
@@ -273,3 +282,8 @@ def _end_of_mlp(
     if hidden_states is not None and hidden_states.dtype is not dtype:
         return f"hidden_states is {hidden_states.dtype}, the weight {dtype}"
     return mlp_form, mlp_modules, weight, bias
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is its data and nothing more, in a graph: while one is made for export, tensors have another type."""
+    return isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)

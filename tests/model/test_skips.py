@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import mlpdown
@@ -153,7 +154,7 @@ def test_tensor_parallel_weight() -> None:
     finally:
         distributed.destroy_process_group()
     assert report.skipped.keys() == {"model.layers.1"}
-    assert re.search(r"mlp.down_proj.weight is a .*DTensor, not a plain parameter", report.skipped["model.layers.1"])
+    assert re.search(r"mlp.down_proj has a .*DTensor, not a plain parameter", report.skipped["model.layers.1"])
 
 
 def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
@@ -166,3 +167,80 @@ def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
     assert mlpdown.unpatch(model) == NUM_LAYERS
     assert torch.equal(step(model), expected)
     assert calls.take() == 0
+
+
+def test_layers_of_unknown_code_are_named_with_what_differs_and_the_way_on(calls: Any) -> None:
+    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).half().eval()
+    expected = step(model)
+    report = mlpdown.patch(model).report
+    assert (report.num_layers, report.num_patched, report.backend) == (2, 0, None)
+    assert "GPT2Block.forward is not known: it differs from" in str(report)
+    assert "transformer.h.0 to transformer.h.1 (2) skipped: " in str(report)
+    assert torch.equal(step(model), expected) and calls.take() == 0
+
+
+class Stage(nn.Module):
+    """Somebody's part of a model: layers within a list within an item of a list."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(8, 8)
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) + x
+
+
+def test_known_layers_are_found_wherever_they_are() -> None:
+    model = nn.Module()
+    layers = list(layers_of(make_model("llama")))
+    model.stages = nn.ModuleList([Stage(layers[:1]), Stage(layers[1:]), Unknown(), Unknown()])
+    handle = mlpdown.patch(model)
+    reason = f"{__name__}.Unknown.forward is not known: no code like it is known"
+    assert handle.report.skipped == {"stages.2": reason, "stages.3": reason}
+    assert (handle.report.num_layers, handle.report.num_patched) == (4, 2)
+    assert str(handle).splitlines()[2:] == [
+        f"  stages.2 to stages.3 (2) skipped: {reason}",
+        "  A line in mlpdown/patching/forms.py makes code known: send the project this report, or the line.",
+    ]
+    assert mlpdown.unpatch(model) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_mlp_that_is_called_in_another_way(when: str, calls: Any) -> None:
+    model = make_model("llama")
+    if when == "after":
+        mlpdown.patch(model, backend="torch")
+    mlp = layers_of(model)[0].mlp
+    own = type(mlp)
+    mlp.__class__ = type("Doubled", (own,), {"__call__": lambda self, x: own.__call__(self, x) * 2})
+    if when == "before":
+        report = mlpdown.patch(model, backend="torch").report
+        assert report.skipped == {"model.layers.0": "mlp is called in another way than a torch.nn.Module"}
+    actual = step(model)
+    assert calls.take() == NUM_LAYERS - 1
+    mlpdown.unpatch(model)
+    assert torch.equal(actual, step(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_changes_after_the_patch_is_noticed(case: str, calls: Any) -> None:
+    model = make_model("gpt_neox_parallel")
+    mlpdown.patch(model, backend="torch")
+    if case in ("subclass", "offloaded layer"):
+        pytest.skip("these are put around the patched forward, and call it")
+    spoil, _ = CASES[case]
+    spoil(layers_of(model)[0])
+    if case == "other dtype":
+        model.float()
+    actual = step(model)
+    assert calls.take() == (0 if case == "other dtype" else NUM_LAYERS - 1)
+    mlpdown.unpatch(model)
+    assert torch.equal(actual, step(model))
