@@ -119,6 +119,12 @@ LAYERS = (
         mlp_dropout="dropout",
     ),
     LayerForm(
+        "Persimmon (transformers 4.57)",
+        f"{_OLD_SIGNATURE} {_NORM} 7284e9d5 d6ae8fb3 {_MLP} 5c623cd9 dca2c61e {_ON_DEMAND}",
+        mlp_dropout="dropout",
+        answer=on_demand,
+    ),
+    LayerForm(
         "Phi-3",
         f"{_SIGNATURE} {_NORM} 834396f1|64a7fbf3|e1944566 90614579 {_MLP} 69ac5369 {_BARE}",
         **_PHI_3_NAMES,
@@ -131,6 +137,12 @@ LAYERS = (
         **_NEOX_NAMES,
     ),
     LayerForm("StableLM", f"{_LATER_SIGNATURE} {_NORM} a77a8467|6a882592 fba6ecb7 {_BARE}", **_STABLELM_NAMES),
+    LayerForm(
+        "StableLM (transformers 4.57)",
+        f"7c55f3d9 {_NORM} 6d8f32b8 fba6ecb7 {_ON_DEMAND}",
+        answer=on_demand,
+        **_STABLELM_NAMES,
+    ),
     LayerForm("Phi", f"{_LATER_SIGNATURE} {_NORM} 41cc482b|3165e942 da401346 d7d3b5c2 e654c703 {_BARE}", **_PHI_NAMES),
     LayerForm(
         "Phi (transformers 4.57)",

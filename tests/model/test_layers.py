@@ -46,9 +46,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "seed_oss.SeedOssDecoderLayer": {},
     "arcee.ArceeDecoderLayer": {},
 }
-# Forms of which transformers 4.57 has no layer: it writes them in another way.
-NOT_IN_4 = {"stablelm", "persimmon"}
-
 # What a configuration is told, of this what it knows.
 TINY: dict[str, Any] = dict(
     vocab_size=128,
@@ -194,10 +191,6 @@ def patched_against_stock(model: Any, patched: str = "numba") -> mlpdown.patchin
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_is_within_the_rounding_of_the_model_itself(form: str) -> None:
     folder, _, name = form.partition(",")[0].partition(".")
-    if folder in NOT_IN_4 and transformers.__version__.startswith("4."):
-        pytest.skip(
-            f"in transformers {transformers.__version__} the layers of {folder} are of a form that is not known"
-        )
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     model = tiny_model(getattr(module, name), **FORMS[form])
     report = patched_against_stock(model)
@@ -256,7 +249,5 @@ def test_every_layer_of_transformers_that_is_known(capsys: pytest.CaptureFixture
             print(f"{len(names)} {title}:")
             print("\n".join(f"  {name}: {reason}" for name, reason in names.items()))
     expected = {form.partition(",")[0] for form in FORMS}
-    if transformers.__version__.startswith("4."):
-        expected = {name for name in expected if name.partition(".")[0] not in NOT_IN_4}
     assert expected <= set(same)
     assert len(same) >= (30 if transformers.__version__.startswith("4.") else 60)
