@@ -149,7 +149,9 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
         record, compiling = records[-1], is_compiling()
         found: Any = _refusal(self, hidden_states, compiling) or _end_of_mlp(self, form, hidden_states, compiling)
         if type(found) is tuple and (
-            positional or not renamed.isdisjoint(keywords) or not (form.passes_rest or names.issuperset(keywords))
+            positional
+            or (renamed and not renamed.isdisjoint(keywords))
+            or not (form.passes_rest or names.issuperset(keywords))
         ):
             found = "arguments are not given as the model gives them"
         if type(found) is str:
