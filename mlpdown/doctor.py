@@ -176,13 +176,13 @@ def _plan() -> Findings:
     """The plan of this machine's GPU at Pythia-2.8B's size; without a GPU there is none."""
     import torch
 
-    from . import plan
+    from .heuristics import choose_plan
     from .native_backend import device_properties
 
     device = device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     if device is None or device.compute_capability < MINIMUM_COMPUTE_CAPABILITY:
         return {}
-    chosen = dataclasses.asdict(plan.choose_plan(*PYTHIA_SHAPE, device))
+    chosen = dataclasses.asdict(choose_plan(*PYTHIA_SHAPE, device))
     return {"hidden_dim": PYTHIA_SHAPE[0], "intermediate_dim": PYTHIA_SHAPE[1], **chosen}
 
 
