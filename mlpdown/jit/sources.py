@@ -37,17 +37,20 @@ def native_folder() -> Path:
     """The folder of the native sources: ``native/`` of a checkout, ``mlpdown/native/`` of an installation.
 
     Raises:
-        BuildError: it is not there, or holds no sources.
+        BuildError: it is no folder (the package is imported from a zip file).
     """
     # The package's metadata maps mlpdown.native to native/, in editable installations too.
-    return Path(next(iter(importlib.import_module("mlpdown.native").__path__)))
+    folder = Path(next(iter(importlib.import_module("mlpdown.native").__path__)))
+    if not folder.is_dir():
+        raise BuildError(f"the native sources must be files in a folder, got {folder}: install mlpdown unpacked, not as a zip file")
+    return folder
 
 
 def read_sources(folder: Path | None = None) -> Sources:
     """Read the sources in ``folder`` (by default the package's own) and add the generated headers.
 
     Raises:
-        BuildError: there are no sources.
+        BuildError: there is no folder, or there are no sources in it.
     """
     folder = native_folder() if folder is None else folder
     paths = sorted(path for path in folder.iterdir() if path.suffix in SOURCE_SUFFIXES)
