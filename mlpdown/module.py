@@ -106,7 +106,7 @@ class MLPDown(nn.Module):
         if reason is not None and self.backend in ("auto", "torch"):
             if self.backend == "auto":
                 say_once(f"MLPDown is computed by PyTorch: {reason}", level=logging.INFO)
-            return torch_backend.run(hidden_states, attn_output, mlp_intermediate, weight, bias, None)
+            return torch_backend.compute(hidden_states, attn_output, mlp_intermediate, weight, bias)
         if reason is not None and reason != AUTOCAST and weight.dtype in DTYPES:
             raise RuntimeError(f"backend {self.backend!r} cannot be used while {reason}: take backend='torch'")
         return fused_mlp_down(

@@ -179,16 +179,24 @@ def refusal_here(device_index: int | None = None) -> Exception | None:
         return RuntimeError(
             "backend 'native' needs a CUDA GPU, torch finds none (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)"
         )
-    device = device_properties(torch.cuda.current_device() if device_index is None else device_index)
+    refusal = refusal_of_device(torch.cuda.current_device() if device_index is None else device_index)
+    if refusal is not None:
+        return refusal
+    try:
+        load()
+    except BuildError as error:
+        return error
+    return None
+
+
+def refusal_of_device(device_index: int) -> RuntimeError | None:
+    """Why the native kernel cannot run on a CUDA device; None if it can."""
+    device = device_properties(device_index)
     if device.compute_capability < MINIMUM_COMPUTE_CAPABILITY:
         capability, minimum = (".".join(map(str, c)) for c in (device.compute_capability, MINIMUM_COMPUTE_CAPABILITY))
         return RuntimeError(
             f"backend 'native' needs a GPU of compute capability {minimum} or newer, {device.name} has {capability}"
         )
-    try:
-        load()
-    except BuildError as error:
-        return error
     return None
 
 

@@ -18,11 +18,22 @@ def run(
 ) -> torch.Tensor:
     """As :func:`mlpdown.run`."""
     validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+    result = compute(hidden_states, attn_output, mlp_intermediate, weight, bias)
+    return result if out is None else out.copy_(result)
+
+
+def compute(
+    hidden_states: torch.Tensor,
+    attn_output: torch.Tensor | None,
+    mlp_intermediate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The op in plain PyTorch, of any dtypes that PyTorch takes."""
     result = F.linear(mlp_intermediate, weight, bias).reshape(hidden_states.shape)
     if attn_output is not None:
         result = result + attn_output
-    result = result + hidden_states
-    return result if out is None else out.copy_(result)
+    return result + hidden_states
 
 
 def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: py
     captured = capsys.readouterr()
     printed = captured.out
     assert "USDT" not in captured.err and "Warning" not in captured.err
-    assert "2 of 2 layers patched, backend numba" in printed and "backend numba" in printed[printed.index("PyTorch over mlpdown") :]
+    assert "one token takes backend 'numba'" in printed and "backend numba" in printed[printed.index("PyTorch over mlpdown") :]
     assert printed.index("from float64") < printed.index("ms a token, medians")
     assert content["settings"]["backend_taken"] == "numba"
 
