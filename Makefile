@@ -51,6 +51,7 @@ clean:
 
 # A stamp, made anew when what is to be installed has changed.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "Installing into $(VENV). On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import native_backend, numba_backend, torch_backend
+from .numba_refusal import numba_refusal
 
 BACKENDS = ("native", "numba", "torch")
 
@@ -74,7 +75,9 @@ def _native_status() -> BackendStatus:
 
 
 def _numba_status() -> BackendStatus:
-    on_cpu, on_cuda = numba_backend.refusal_here("cpu"), numba_backend.refusal_here("cuda")
-    if on_cpu is not None:
-        return BackendStatus(False, str(on_cpu))
-    return BackendStatus(True, "the specification, on CPU tensors and on CUDA tensors" if on_cuda is None else f"on CPU tensors; {on_cuda}")
+    refusal = numba_refusal("cpu")
+    if refusal is not None:
+        return BackendStatus(False, refusal)
+    on_gpu = numba_refusal("cuda") if torch.cuda.is_available() else None
+    on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
+    return BackendStatus(True, f"the specification, on CPU tensors{on_cuda}")

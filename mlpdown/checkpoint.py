@@ -39,9 +39,9 @@ def read_layer(model: str | Path, layer: int) -> tuple[torch.Tensor, torch.Tenso
     single = _file(model, SINGLE_FILE)
     index = None if single is not None else _file(model, INDEX_FILE)
     if single is not None:
-        files = dict.fromkeys(_tensors_in(single), single)
+        files = dict.fromkeys(_tensors_in(single), SINGLE_FILE)
     elif index is not None:
-        files = {name: Path(file) for name, file in _weight_map(index).items()}
+        files = _weight_map(index)
     else:
         raise CheckpointError(f"{model} has neither {SINGLE_FILE} nor {INDEX_FILE}, one of which a checkpoint has")
     source = single or index
@@ -90,8 +90,9 @@ def _file(model: str | Path, name: str) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
 
 
@@ -100,10 +101,10 @@ def _tensors_in(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _read_tensor(model: str | Path, file: Path, name: str) -> torch.Tensor:
-    path = file if file.is_absolute() else _file(model, str(file))
+def _read_tensor(model: str | Path, file: str, name: str) -> torch.Tensor:
+    path = _file(model, file)
     if path is None:
-        raise CheckpointError(f"{Path(model) / file} is not there, which holds {name}")
+        raise CheckpointError(f"{Path(model, file)} is not there, which holds {name}")
     with _opened(path) as tensors:
         if name not in tensors.keys():  # noqa: SIM118 (it is no mapping)
             raise CheckpointError(f"{path} has no tensor {name}")

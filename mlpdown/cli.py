@@ -29,9 +29,12 @@ BROKEN, NOT_SERVED, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status. Without ``argv``, that of this process, whose standard streams it also mends."""
-    if argv is None:
-        sys.stdout, sys.stderr = _mended(sys.stdout, 1), _mended(sys.stderr, 2)
+    """Run the command line and return the exit status. Without ``argv``: that of this process, whose standard streams are
+    replaced by ones that can print every character and whose readers may leave."""
+    output = None
+    if argv is None and (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__):
+        sys.stdout, output = _mended(sys.stdout, 1)
+        sys.stderr, _ = _mended(sys.stderr, 2)
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), None)
     name = f"mlpdown {command}" if command in COMMANDS else "mlpdown"
@@ -39,13 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = _log_level()
         logging.basicConfig(level=level, format="mlpdown: %(levelname)s: %(message)s")
         parser = _parser(command)
-        if not words:
-            parser.print_help()
-            return 0
-        arguments = parser.parse_args(words)
-        status = arguments.run(arguments)
-        sys.stdout.flush()  # a full disk shows here
-        return status
+        try:
+            if not words:
+                parser.print_help()
+                return 0
+            arguments = parser.parse_args(words)
+            return arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
+            if output is not None:
+                output.check()  # a full disk shows here
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -65,30 +71,32 @@ class _WrongVariable(Exception):
 
 
 class _Pipe(io.FileIO):
-    """A file whose reader may leave: what is written then goes nowhere, and the command goes on to its own exit status. Any other
-    error is raised once."""
+    """A file whose errors wait for :meth:`check`: once it takes no more, what is written goes nowhere."""
 
-    lost = False
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if not self.lost:
+        if self.error is None:
             try:
                 return super().write(data)
             except OSError as error:
-                self.lost = True
-                if not isinstance(error, BrokenPipeError):
-                    raise
+                self.error = error
         return memoryview(data).nbytes
 
+    def check(self) -> None:
+        """Raise what went wrong; that the reader has left is not wrong, and the command goes on to its own exit status."""
+        if self.error is not None and not isinstance(self.error, BrokenPipeError):
+            raise self.error
 
-def _mended(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A standard stream that takes every character, and outlives its reader; nowhere, if it is closed."""
+
+def _mended(stream: TextIO | None, descriptor: int) -> tuple[TextIO, _Pipe | None]:
+    """A standard stream that can print every character and whose reader may leave, and its file. A closed stream becomes /dev/null."""
     if stream is None:
-        return open(os.devnull, "w")
-    raw = _Pipe(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=raw.isatty() or descriptor == 2
-    )
+        return open(os.devnull, "w"), None
+    file = _Pipe(descriptor, "w", closefd=False)
+    by_line = getattr(stream, "line_buffering", True) or getattr(stream, "write_through", True)
+    text = io.TextIOWrapper(io.BufferedWriter(file), encoding=stream.encoding, errors="backslashreplace", line_buffering=by_line)
+    return text, file
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

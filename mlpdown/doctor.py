@@ -90,43 +90,33 @@ def _driver() -> Findings:
     from .jit import toolchain
 
     supported = toolchain.supported_cuda()
-    try:
-        match = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        match = None
-    return {
-        "version": match[1] if match else None,
-        "supports_cuda": None if supported is None else ".".join(map(str, supported)),
-    }
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Kernel Module\D*([\d.]+)", file.read_text()) if file.is_file() else None
+    return {"version": match and match[1], "supports_cuda": supported and ".".join(map(str, supported))}
 
 
 def _gpus() -> list[Findings]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     from .native_backend import device_properties
 
-    devices = [dataclasses.asdict(device_properties(index)) for index in range(torch.cuda.device_count())]
-    return [
-        {"index": index, **device, "compute_capability": ".".join(map(str, device["compute_capability"]))}
-        for index, device in enumerate(devices)
-    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [dataclasses.asdict(device_properties(index)) for index in range(count)]
+    return [{**device, "compute_capability": ".".join(map(str, device["compute_capability"]))} for device in devices]
 
 
 def _compilers() -> Findings:
     from .jit import toolchain
 
-    compilers = {"nvcc": toolchain.nvcc_compilers(), "host": toolchain.host_compilers()}
     findings: Findings = {
         kind: [{**dataclasses.asdict(compiler), "path": str(compiler.path)} for compiler in found]
-        for kind, found in compilers.items()
+        for kind, found in (("nvcc", toolchain.nvcc_compilers()), ("host", toolchain.host_compilers()))
     }
     try:
         tools = toolchain.find_toolchain()
     except BuildError as error:
         return {**findings, "taken": None, "refusal": str(error)}
-    return {**findings, "taken": f"{tools.nvcc} with {tools.host_compiler}", "refusal": None}
+    return {**findings, "taken": f"{tools.nvcc} with {tools.host_compiler}"}
 
 
 def _cache() -> Findings:
@@ -137,41 +127,32 @@ def _cache() -> Findings:
         folder = cache.cache_folder()
         entries = cache.entries(folder)
     except BuildError as error:
-        return {"folder": None, "entries": [], "refusal": str(error)}
+        return {"folder": None, "refusal": str(error), "entries": []}
     source_hash = package_sources().source_hash
-    return {
-        "folder": str(folder),
-        "refusal": None,
-        "entries": [
-            {
-                "key": entry.folder.name,
-                "targets": list(entry.manifest.targets),
-                "compiler": entry.manifest.compiler,
-                "of_these_sources": entry.manifest.source_hash == source_hash,
-                "broken": cache.verify(entry),
-            }
-            for entry in entries
-        ],
-    }
+    found = [
+        {
+            "key": entry.path.parent.name,
+            "targets": list(entry.manifest.targets),
+            "compiler": entry.manifest.compiler,
+            "of_these_sources": entry.manifest.source_hash == source_hash,
+            "broken": cache.verify(entry),
+        }
+        for entry in entries
+    ]
+    return {"folder": str(folder), "entries": found}
 
 
 def _library() -> Findings:
     from .jit import library
-    from .jit.sources import package_sources
 
     try:
         found, refusals = library.find()
     except BuildError as error:
         found, refusals = None, [str(error)]
-    findings: Findings = {"passed_over": refusals, "origin": None, "path": None}
+    findings: Findings = {"origin": found and found.origin, "path": found and str(found.path), "passed_over": refusals}
     if found is not None:
-        findings |= {
-            "origin": found.origin,
-            "path": str(found.path),
-            "targets": list(found.manifest.targets),
-            "cuda": ".".join(map(str, found.manifest.cuda_version)),
-            "source_hash": package_sources().source_hash,
-        }
+        manifest = found.manifest
+        findings |= {"targets": list(manifest.targets), "compiler": manifest.compiler, "source_hash": manifest.source_hash}
     return findings
 
 
@@ -195,13 +176,13 @@ def _plan() -> Findings:
     """The plan of this machine's GPU at Pythia-2.8B's size; without a GPU there is none."""
     import torch
 
-    from . import plan
+    from .heuristics import choose_plan
     from .native_backend import device_properties
 
     device = device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     if device is None or device.compute_capability < MINIMUM_COMPUTE_CAPABILITY:
         return {}
-    chosen = dataclasses.asdict(plan.choose_plan(*PYTHIA_SHAPE, device))
+    chosen = dataclasses.asdict(choose_plan(*PYTHIA_SHAPE, device))
     return {"hidden_dim": PYTHIA_SHAPE[0], "intermediate_dim": PYTHIA_SHAPE[1], **chosen}
 
 
@@ -223,18 +204,16 @@ def _self_test() -> Findings:
 def _problems(findings: Findings) -> list[str]:
     """What is to be mended, each with its remedy. A section that could not be examined has been counted already."""
     problems = []
-    backends, gpus = findings["backends"], findings["gpus"]
+    backends, gpus, self_test = findings["backends"], findings["gpus"], findings["self_test"]
     if isinstance(gpus, list) and "error" not in backends:
         able = [gpu for gpu in gpus if tuple(map(int, gpu["compute_capability"].split("."))) >= MINIMUM_COMPUTE_CAPABILITY]
         if able and not backends["native"]["available"]:
             problems.append(f"{able[0]['name']} could run the native backend, but: {backends['native']['reason']}")
         if not able and findings["driver"].get("version") and findings["versions"].get("torch_cuda") is None:
-            problems.append(
-                "there is an NVIDIA driver, but this torch is built without CUDA: install a CUDA build of torch"
-            )
+            problems.append("there is an NVIDIA driver, but this torch is built without CUDA: install a CUDA build of torch")
     if "error" not in backends and not backends["numba"]["available"]:
         problems.append(f"the specification cannot run here: {backends['numba']['reason']}")
-    if not findings["self_test"].get("compared") and "error" not in findings["self_test"]:
+    if not self_test.get("compared") and "error" not in self_test:
         problems.append("no recorded result was replayed: nothing here shows that the bits are right")
     if findings["cache"].get("refusal"):
         problems.append(findings["cache"]["refusal"])
@@ -264,14 +243,11 @@ def _print(findings: Findings) -> None:
 
 
 def _lines(values: Any) -> list[str]:
-    """A section as lines of ``name: value``; nested values on one line each."""
+    """A section as lines of ``name: value``; each item of a list on a line of its own."""
     if isinstance(values, list):
         return [_one_line(value) for value in values]
-    return [
-        f"{name}: {_one_line(item)}"
-        for name, value in values.items()
-        for item in (value if isinstance(value, list) and value else [value])
-    ]
+    lists = {name: value if isinstance(value, list) and value else [value] for name, value in values.items()}
+    return [f"{name}: {_one_line(item)}" for name, items in lists.items() for item in items]
 
 
 def _one_line(value: Any) -> str:

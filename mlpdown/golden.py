@@ -78,6 +78,9 @@ def read_golden(path: Path | Traversable) -> Golden:
         golden = Golden(gpu=content.pop("gpu"), bits=bits, case=GoldenCase(**content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a golden: {error}") from error
+    numbers = (golden.case.hidden_dim, golden.case.intermediate_dim, golden.case.seed)
+    if not all(type(number) is int and 0 <= number < 1 << 32 for number in numbers) or not isinstance(golden.gpu, str):
+        raise ValueError(f"{path} is not a golden: its sizes and seed must be numbers, its GPU a name")
     if path.name != golden.case.file_name:
         raise ValueError(f"{path} holds {golden.case.file_name}")
     if bits.shape != (golden.case.hidden_dim,):

@@ -1,4 +1,5 @@
-"""Which plan a shape gets on a device. Every threshold was measured on an H100 (``native/NOTES.md`` has the figures); no other GPU was tuned for."""
+"""Which plan a shape gets on a device. Every threshold was measured on an H100 (``native/NOTES.md`` has the figures);
+no other GPU was tuned for."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from .plan import (
 )
 from .reference.order import MAX_SEGMENTS, num_segments
 
-# Prefetching, the ring holds more bytes ahead of the wait. Smaller weights are over before it is set up. Larger ones, if rows are short, start so
-# many CTAs that the registers kernel is as good.
+# Prefetching, the ring holds more bytes ahead of the wait. Smaller weights are over before it is set up. Larger ones,
+# if rows are short, start so many CTAs that the registers kernel is as good.
 SMALL_PREFETCHED_BYTES = 8 * 2**20
 LARGE_PREFETCHED_BYTES = 200 * 2**20
 
@@ -28,8 +29,8 @@ MIN_REGISTERS_WARPS = 4
 # Vectors of a row that a lane has under way, at least: more than a row of 4 has, which spaces out the CTAs.
 MIN_VECTORS_IN_FLIGHT = 5
 
-# CTAs of the ring that share an SM: while one starts, ends or sums, memory works for the other. Of an SM's shared memory the device keeps so
-# much for each.
+# CTAs of the ring that share an SM: while one starts, ends or sums, memory works for the other. Of an SM's shared
+# memory the device keeps so much for each.
 CTAS_PER_SM = 2
 RESERVED_BYTES_PER_CTA = 2**10
 # Under way for each CTA: enough to keep memory busy. More only makes all that is asked for later.
@@ -41,8 +42,9 @@ FEW_ROWS_PER_CTA = 6
 MAX_BYTES_OF_TWO_ROWS = 24 * 2**10
 # Warps that sum short rows: 2 groups where a row has 2 segments, 1 where it has 4.
 SHORT_ROWS_WARPS = 4
-# Each CTA of the first half of the grid takes a few rows less than an even share, the other half the rest: then the two CTAs of an SM do not end
-# together. (Fewest and most rows of an even share, rows less), for rows of 8 segments and for shorter ones.
+# Each CTA of the first half of the grid takes a few rows less than an even share, the other half the rest: then the two
+# CTAs of an SM do not end together. (Fewest and most rows of an even share, rows less), for rows of 8 segments and for
+# shorter ones.
 STAGGERS = ((3, 12, 1),)
 SHORT_ROWS_STAGGERS = ((6, 14, 4), (14, 48, 1))
 
@@ -51,17 +53,18 @@ SHORT_ROWS_STAGGERS = ((6, 14, 4), (14, 48, 1))
 def choose_plan(hidden_dim: int, intermediate_dim: int, device: Device, *, weight_prefetch: bool = False) -> Plan:
     """The plan for a shape on a device.
 
-    Weights go into registers where nothing may be read ahead, which is also all that GPUs without rings have. With ``weight_prefetch`` they go
-    through the ring, if two CTAs of two stages each fit on an SM and the activation fits into their registers, and the weight is neither very
-    small nor very large.
+    Weights go into registers where nothing may be read ahead, which is also all that GPUs without rings have. With
+    ``weight_prefetch`` they go through the ring, if two CTAs of two stages each fit on an SM and the activation fits
+    into their registers, and the weight is neither very small nor very large.
     """
     weight_bytes = hidden_dim * intermediate_dim * BYTES_PER_ELEMENT
     is_short = num_segments(intermediate_dim) < MAX_SEGMENTS
-    if weight_prefetch and device.compute_capability >= RING_COMPUTE_CAPABILITY and weight_bytes >= SMALL_PREFETCHED_BYTES:
-        if not (is_short and weight_bytes >= LARGE_PREFETCHED_BYTES):
-            ring = _ring(hidden_dim, intermediate_dim, device)
-            if ring is not None:
-                return ring
+    may_ring = weight_prefetch and device.compute_capability >= RING_COMPUTE_CAPABILITY
+    is_large = is_short and weight_bytes >= LARGE_PREFETCHED_BYTES
+    if may_ring and weight_bytes >= SMALL_PREFETCHED_BYTES and not is_large:
+        ring = _ring(hidden_dim, intermediate_dim, device)
+        if ring is not None:
+            return ring
     return _registers(intermediate_dim, weight_bytes, weight_prefetch)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from mlpdown import ops
-from mlpdown.validate import needs_grad
+from mlpdown import ops, torch_backend
+from mlpdown.backends import say_once
+from mlpdown.validate import DTYPES, needs_grad
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -24,7 +27,8 @@ class MLPDown(nn.Module):
     A weight that is a DTensor sharded along ``intermediate_dim`` makes the module row-parallel: ``forward`` then takes this process' slice
     of ``mlp_intermediate`` (``mlpdown.parallel.run_sharded``).
 
-    Where a gradient is needed, the ``torch`` backend computes the sum, whatever ``backend`` says: the others have no derivative.
+    With ``backend="auto"``, and with ``"torch"``, PyTorch computes what only PyTorch can: gradients, tangents, ``torch.func`` transforms,
+    autocast, and parameters of another dtype than float16 and bfloat16. ``"native"`` and ``"numba"`` run or raise.
 
     Args:
         intermediate_dim, hidden_dim, bias, device, dtype: as in ``nn.Linear(in_features, out_features, bias, device, dtype)``.
@@ -59,11 +63,13 @@ class MLPDown(nn.Module):
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear``: a subclass (quantised, adapted) computes something else.
+            ValueError: ``linear`` has hooks or a forward of its own, or its weight is derived from other parameters (pruned, normed).
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"linear must be a torch.nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}"
-            )
+            raise TypeError(f"linear must be a torch.nn.Linear, got {full_name(type(linear))}")
+        reason = linear_obstacle(linear)
+        if reason is not None:
+            raise ValueError(f"linear must compute what its parameters say, but it {reason}")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._take_over(linear)
@@ -76,41 +82,60 @@ class MLPDown(nn.Module):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
 
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as an ``nn.Linear`` does, also after ``to_empty``."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
     def forward(
         self, mlp_intermediate: torch.Tensor, hidden_states: torch.Tensor, attn_output: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The op on ``mlp_intermediate`` ``[..., intermediate_dim]``, ``hidden_states`` and ``attn_output`` ``[..., hidden_dim]``.
 
-        Returns a tensor of the shape and dtype of ``hidden_states``. Errors are those of ``mlpdown.run``.
+        Returns a tensor of the shape and dtype of ``hidden_states``; under autocast, of the dtype that PyTorch gives the sum. Errors are
+        those of ``mlpdown.run``.
         """
-        # A sharded weight is a DTensor, which is not an nn.Parameter to `type`.
-        if type(self.weight) is not nn.Parameter and _is_sharded(self.weight):
-            if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
-                raise RuntimeError(
-                    "MLPDown has no derivative for a sharded weight: call under torch.no_grad() or torch.inference_mode()"
-                )
-            from mlpdown.parallel import run_sharded
-
-            return run_sharded(
-                hidden_states,
-                attn_output,
-                mlp_intermediate,
-                self.weight,
-                self.bias,
-                backend=self.backend,
-                plan=self.plan,
-                weight_prefetch=self.weight_prefetch,
-            )
-        backend = self.backend
-        if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
-            backend = "torch"
+        weight, bias = self.weight, self.bias
+        reason = only_pytorch()
+        if weight.dtype not in DTYPES:
+            reason = f"weight is {weight.dtype}"
+        # While a module is traced for export its parameters have another type.
+        elif type(weight) is not nn.Parameter and not torch.compiler.is_compiling():
+            if _is_sharded(weight):
+                return self._run_sharded(mlp_intermediate, hidden_states, attn_output)
+            reason = f"weight is a {full_name(type(weight))}"
+        if reason is not None and self.backend in ("auto", "torch"):
+            if self.backend == "auto":
+                say_once(f"MLPDown is computed by PyTorch: {reason}", level=logging.INFO)
+            return torch_backend.run(hidden_states, attn_output, mlp_intermediate, weight, bias, None)
+        if reason is not None and reason != AUTOCAST and weight.dtype in DTYPES:
+            raise RuntimeError(f"backend {self.backend!r} cannot be used while {reason}: take backend='torch'")
         return fused_mlp_down(
             hidden_states,
             attn_output,
             mlp_intermediate,
-            self.weight,
+            weight,
+            bias,
+            backend=self.backend,
+            plan=self.plan,
+            weight_prefetch=self.weight_prefetch,
+        )
+
+    def _run_sharded(
+        self, mlp_intermediate: torch.Tensor, hidden_states: torch.Tensor, attn_output: torch.Tensor | None
+    ) -> torch.Tensor:
+        if needs_grad(hidden_states, attn_output, mlp_intermediate, self.weight, self.bias):
+            raise RuntimeError(
+                "MLPDown has no derivative for a sharded weight: call under torch.no_grad() or torch.inference_mode()"
+            )
+        from mlpdown.parallel import run_sharded
+
+        return run_sharded(
+            hidden_states,
+            attn_output,
+            mlp_intermediate,
+            self.weight,  # type: ignore[arg-type]
             self.bias,
-            backend=backend,
+            backend=self.backend,
             plan=self.plan,
             weight_prefetch=self.weight_prefetch,
         )
@@ -126,6 +151,49 @@ def _is_sharded(weight: torch.Tensor) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(weight, DTensor)
+
+
+AUTOCAST = "autocast is on"
+
+
+def only_pytorch() -> str | None:
+    """Why only PyTorch's own operations may compute a call now, or None. A gradient that is recorded is not among the reasons."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is under way"
+    if torch._C._is_any_autocast_enabled():
+        return AUTOCAST
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces"
+    return None
+
+
+def module_obstacle(module: nn.Module) -> str | None:
+    """Why a call of ``module`` is more than its class' forward, or None."""
+    attributes = module.__dict__
+    if "forward" in attributes:
+        return "has a forward of its own (offloaded, dispatched or wrapped)"
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+        return "has forward hooks (tensor-parallel, or somebody listens)"
+    if "_compiled_call_impl" in attributes:
+        return "has been compiled by itself"
+    return None
+
+
+def linear_obstacle(linear: nn.Linear) -> str | None:
+    """Why the parameters of ``linear`` do not say all that it computes, or None."""
+    for name in ("weight", "bias"):
+        if name not in linear._parameters:
+            return f"derives its {name} from other parameters (pruned or normed)"
+        parameter = linear._parameters[name]
+        if parameter is not None and type(parameter) is not nn.Parameter and not _is_sharded(parameter):
+            return f"has a {name} that is a {full_name(type(parameter))}, not a torch.nn.Parameter"
+    return module_obstacle(linear)
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def fused_mlp_down(

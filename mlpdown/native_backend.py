@@ -85,7 +85,9 @@ def run(
     ``optional``: another backend will do, so only a call that suits is tried. Raises for arguments that no backend takes.
     """
     if optional:
-        passed_over = _passed_over(mlp_intermediate, weight, (hidden_states, attn_output, mlp_intermediate, weight, bias))
+        passed_over = _passed_over(
+            mlp_intermediate, weight, (hidden_states, attn_output, mlp_intermediate, weight, bias)
+        )
         if passed_over is not None:
             return passed_over
     elif torch.is_grad_enabled() or validate.forward_ad_is_on():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-
-import numpy as np
 import torch
 
 from . import validate
+from .numba_refusal import numba_refusal
 
 
 def run(
@@ -39,39 +36,18 @@ def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.
     return _row_sums(_rows(mlp_intermediate), _rows(weight)).view(*mlp_intermediate.shape[:-1], weight.shape[0])
 
 
-@functools.cache
-def refusal_here(device_type: str) -> RuntimeError | None:
-    """Why the specification cannot run on tensors of this device type on this machine; None if it can."""
-    modules = ("numba",) if device_type == "cpu" else ("numba", "numba_cuda", "numba.cuda")
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a broken installation raises anything
-            package = module.partition(".")[0].replace("_", "-")
-            return RuntimeError(f"backend 'numba' needs the package {package}, which cannot be imported: {error}")
-    from numba import config
-
-    if config.DISABLE_JIT:
-        return RuntimeError("backend 'numba' needs Numba's compiler, and NUMBA_DISABLE_JIT is set")
-    if device_type == "cuda" and not hasattr(np, "row_stack"):
-        return RuntimeError(
-            f"backend 'numba' needs NumPy below 2.5 on CUDA tensors: numba-cuda calls np.row_stack, which {np.__version__} lacks"
-        )
-    return None
-
-
 def _check_here(*tensors: torch.Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"every tensor must be on a CPU or a CUDA device for backend 'numba', got {tensor.device}")
         if validate.overrides_torch(tensor):
             raise TypeError(
-                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a __torch_function__ of its own"
+                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a "
+                "__torch_function__ of its own"
             )
-    assert tensors[-1] is None or tensors[0] is not None
-    refusal = refusal_here(tensors[0].device.type)  # type: ignore[union-attr]
+    refusal = numba_refusal(tensors[0].device.type)  # type: ignore[union-attr]
     if refusal is not None:
-        raise RuntimeError(str(refusal))
+        raise RuntimeError(f"backend 'numba' cannot run here. {refusal}")
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,12 @@ import importlib
 def numba_refusal(device_type: str) -> str | None:
     """Why the specification cannot run on ``"cpu"`` or ``"cuda"`` tensors here: Numba is not installed, cannot be imported with the
     NumPy that is here, or is told not to compile. None if it can."""
-    module = "mlpdown.reference.cpu" if device_type == "cpu" else "mlpdown.reference.kernel"
     try:
         config = importlib.import_module("numba").config
-        if device_type == "cuda":
-            importlib.import_module("numba_cuda")
-            importlib.import_module("numba.cuda.np.arrayobj")  # where its first compilation would fail with a NumPy that it does not know
-        importlib.import_module(module)
+        if device_type == "cuda" and not config.ENABLE_CUDASIM:
+            target = importlib.import_module("numba.cuda.descriptor").cuda_target
+            for context in (target.typing_context, target.target_context):
+                context.refresh()  # which the first compilation would do: with a NumPy that it does not know, it fails here
     except Exception as error:  # noqa: BLE001 (of another package's import)
         return f"Numba cannot be imported ({type(error).__name__}: {error}): reinstall mlpdown's dependencies"
     if config.DISABLE_JIT:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import backends, native_backend, validate
+from . import native_backend, validate
+from .backends import fall_back, other_than_native
 from .plan import Plan
 
 
@@ -55,8 +56,8 @@ def run(
             return result
         if backend == "native":
             raise result
-        backend = backends.fall_back(result)
-    return backends.other_than_native(backend).run(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+        backend = fall_back(result)
+    return other_than_native(backend).run(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
 
 
 def partial_sums(
@@ -87,8 +88,8 @@ def partial_sums(
             return result
         if backend == "native":
             raise result
-        backend = backends.fall_back(result)
-    return backends.other_than_native(backend).partial_sums(mlp_intermediate, weight)
+        backend = fall_back(result)
+    return other_than_native(backend).partial_sums(mlp_intermediate, weight)
 
 
 def pythia_2b8_mlp_only(
@@ -101,7 +102,8 @@ def pythia_2b8_mlp_only(
     """The op at Pythia-2.8B's size, with the argument list of ClusterFusion's kernel of this name.
 
     Args:
-        hidden_states, attn_output: ``[..., 2560]``, one token: ``[2560]``, ``[1, 2560]``, ``[1, 1, 2560]``. mlp_intermediate: ``[..., 10240]``, one
+        hidden_states, attn_output: ``[..., 2560]``, one token: ``[2560]``, ``[1, 2560]``, ``[1, 1, 2560]``.
+        mlp_intermediate: ``[..., 10240]``, one
             token. mlp_down_weight: ``[2560, 10240]``. mlp_down_bias: ``[2560]``. All float16 or all bfloat16.
 
     Returns:

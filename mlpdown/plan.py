@@ -1,7 +1,8 @@
 """The plan: everything that decides how fast the native kernel runs, and nothing that decides what it computes.
 
-There are two kernels, of one arithmetic: the ring (``native/ring.cuh``) and registers (``native/registers.cuh``). The values that they need at
-compile time are listed here once: :func:`instantiations` of the ring, and :data:`REGISTERS_KERNELS`. ``heuristics.py`` chooses plans.
+There are two kernels, of one arithmetic: the ring (``native/ring.cuh``) and registers (``native/registers.cuh``). The
+values that they need at compile time are listed here once: :func:`instantiations` of the ring, and
+:data:`REGISTERS_KERNELS`. ``heuristics.py`` chooses plans.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
 class Plan:
     """How a call is carried out. No value here changes a bit of the result.
 
-    A stage of the ring holds ``rows_per_stage`` rows of a CTA's slice of the reduction axis. A group of consumer warps, one for each segment of
-    the slice, sums them. A row has 8, 4, 2 or 1 segments, by its length (``reference/order.py``), and a CTA ``num_segments / cluster_size``.
+    A stage of the ring holds ``rows_per_stage`` rows of a CTA's slice of the reduction axis. A group of consumer warps,
+    one for each segment of the slice, sums them. A row has 8, 4, 2 or 1 segments, by its length
+    (``reference/order.py``), and a CTA ``num_segments / cluster_size``.
 
     Raises:
         ValueError: a member is not one of the values below.
@@ -138,7 +140,9 @@ class Plan:
     ) -> Plan:
         """A plan for the kernel that loads weights into registers. Raises ValueError if it was not compiled in."""
         if (rows, vectors_in_flight) not in REGISTERS_KERNELS:
-            raise ValueError(f"(rows, vectors_in_flight) must be one of {list(REGISTERS_KERNELS)}, got {(rows, vectors_in_flight)!r}")
+            raise ValueError(
+                f"(rows, vectors_in_flight) must be one of {list(REGISTERS_KERNELS)}, got {(rows, vectors_in_flight)!r}"
+            )
         return cls(
             1, 1, 1, 1, num_consumer_warps, weight_prefetch, dependent_launch, rows, vectors_in_flight=vectors_in_flight
         )
@@ -189,14 +193,16 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
             f"plan.cluster_size must be at most {segments}, the segments of a row of {intermediate_dim}, got {plan.cluster_size}"
         )
     vectors = vectors_per_lane(intermediate_dim)
-    most = VECTORS_IN_REGISTERS[plan.rows_per_stage] if plan.cluster_size == 1 else 0
+    most = VECTORS_IN_REGISTERS.get(plan.rows_per_stage, 0) if plan.cluster_size == 1 else 0
     if plan.activation_in_registers and vectors > most:
         raise ValueError(
             f"plan.activation_in_registers holds {most} vectors a lane at cluster_size {plan.cluster_size} and rows_per_stage "
             f"{plan.rows_per_stage}, got intermediate_dim {intermediate_dim}, which has {vectors}"
         )
     if plan.stages_in_flight > plan.num_stages:
-        raise ValueError(f"plan.stages_in_flight must be at most num_stages {plan.num_stages}, got {plan.stages_in_flight}")
+        raise ValueError(
+            f"plan.stages_in_flight must be at most num_stages {plan.num_stages}, got {plan.stages_in_flight}"
+        )
     warps_per_group = segments // plan.cluster_size
     num_groups = plan.num_consumer_warps // warps_per_group
     if plan.num_consumer_warps % warps_per_group or plan.num_stages % num_groups or NUM_PARTIAL_SLOTS % num_groups:

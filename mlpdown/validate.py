@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -102,7 +104,9 @@ def check_no_grad(backend: str, *tensors: torch.Tensor | None) -> None:
                     "torch.no_grad() or torch.inference_mode(), or take backend='torch'"
                 )
     if forward_ad_is_on() and any(map(_has_tangent, tensors)):
-        raise ValueError(f"backend {backend!r} has no derivative, and an argument has a tangent (forward-mode AD): take backend='torch'")
+        raise ValueError(
+            f"backend {backend!r} has no derivative, and an argument has a tangent (forward-mode AD): take backend='torch'"
+        )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -126,14 +130,16 @@ def _has_tangent(tensor: torch.Tensor | None) -> bool:
 def overrides_torch(*tensors: torch.Tensor | None) -> bool:
     """Whether one of them is of a class that gives torch's functions a meaning of its own: its data alone may not be its value."""
     for tensor in tensors:
-        cls = type(tensor)
-        if cls is not torch.Tensor and cls is not torch.nn.Parameter and isinstance(tensor, torch.Tensor):
-            function = cls.__torch_function__
-            if function is not torch._C._disabled_torch_function_impl and getattr(function, "__func__", None) is not _PLAIN_FUNCTION:
+        if isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN_CLASSES:
+            function: Any = type(tensor).__torch_function__
+            if function is torch._C._disabled_torch_function_impl:
+                continue
+            if getattr(function, "__func__", None) is not _PLAIN_FUNCTION:
                 return True
     return False
 
 
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 _PLAIN_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 

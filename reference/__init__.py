@@ -1,8 +1,9 @@
 """The executable specification: NumPy arrays in, the exact bits out.
 
-``order.py`` says what is computed, in prose and as arithmetic. ``row_sums.py`` (steps 1 to 7) and ``finish.py`` (steps 8 and 9) run it on a CPU,
-on a GPU, or in Numba's simulator; ``machines.py`` holds what these spell differently. Inputs are float32 arrays that hold float16 or
-bfloat16 values (both convert exactly), results are the 16 bits as uint16. Nothing here knows of torch or of the rest of the package.
+``order.py`` says what is computed, in prose and as arithmetic. ``row_sums.py`` (steps 1 to 7) and ``finish.py`` (steps
+8 and 9) run it on a CPU, on a GPU, or in Numba's simulator; ``machines.py`` holds what these spell differently. Inputs
+are float32 arrays that hold float16 or bfloat16 values (both convert exactly), results are the 16 bits as uint16.
+Nothing here knows of torch or of the rest of the package.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def partial_sums(activation: Float32Array, weight: Float32Array, *, machine: str
     if machine not in MACHINES:
         raise ValueError(f"machine must be 'cpu' or 'simulator', got {machine!r}")
     if weight.ndim != 2 or weight.shape[1] % VECTOR_SIZE or weight.shape[1] == 0:
-        raise ValueError(f"weight must be [num_rows, row_length], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be [num_rows, row_length], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}"
+        )
     _check("weight", weight, weight.shape)
     _check("activation", activation, (len(activation), weight.shape[1]))
     sums = np.empty((activation.shape[0], weight.shape[0]), np.float32)
@@ -105,5 +108,7 @@ def _on(machine: str, module: ModuleType):
     from numba import config
 
     if not getattr(config, "ENABLE_CUDASIM", False):
-        raise RuntimeError("machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported")
+        raise RuntimeError(
+            "machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported"
+        )
     return module.on_cuda

@@ -1,6 +1,7 @@
 """Steps 8 and 9 of the canonical order: add bias and residuals to row sums, then round once.
 
-One pass for each tensor that is there, and one that rounds: what is absent needs no flag. CPU loops and CUDA kernels stand beside each other.
+One pass for each tensor that is there, and one that rounds: what is absent needs no flag. CPU loops and CUDA kernels
+stand beside each other.
 """
 
 # Kernels are Python only to look at: Numba types them, not mypy.
@@ -19,8 +20,9 @@ MAX_TOKEN_BLOCKS = 65535
 
 
 def on_cpu(sums, addends: Sequence[Any], dtype: int, out) -> None:
-    """Add each of ``addends``, ``[num_tokens, num_rows]`` or ``[1, num_rows]`` for all tokens, to ``sums`` ``[num_tokens, num_rows]`` in the
-    order given, in place; write the bits of the sums in ``dtype`` to ``out``, a 16-bit integer array of the same shape."""
+    """Add each of ``addends``, ``[num_tokens, num_rows]`` or ``[1, num_rows]`` for all tokens, to ``sums``
+    ``[num_tokens, num_rows]`` in the order given, in place; write the bits of the sums in ``dtype`` to ``out``, a
+    16-bit integer array of the same shape."""
     add, round_once = _cpu_loops()
     with machines.ieee_arithmetic():
         for addend in addends:

@@ -25,6 +25,18 @@ _FLOAT = types.float32
 @functools.cache
 def on_cpu() -> Arithmetic:
     """The canonical order, compiled for this CPU."""
+    return arithmetic(cpu_machine())
+
+
+@functools.cache
+def on_cuda() -> Arithmetic:
+    """The canonical order for a CUDA kernel: on a GPU or, with ``NUMBA_ENABLE_CUDASIM=1``, in Numba's simulator."""
+    return arithmetic(simulator_machine() if config.ENABLE_CUDASIM else gpu_machine())
+
+
+@functools.cache
+def cpu_machine() -> Machine:
+    """LLVM's instructions, without any of the flags that let it rearrange them."""
     compile_function = njit(nogil=True)
     binary, ternary = _FLOAT(_FLOAT, _FLOAT), _FLOAT(_FLOAT, _FLOAT, _FLOAT)
 
@@ -51,16 +63,12 @@ def on_cpu() -> Arithmetic:
 
         return _FLOAT(_FLOAT), generate
 
-    return arithmetic(Machine(compile_function, add, mul, fma, div, sqrt, *_casts(intrinsic)))
+    return Machine(compile_function, add, mul, fma, div, sqrt, *_casts(intrinsic))
 
 
 @functools.cache
-def on_cuda() -> Arithmetic:
-    """The canonical order for a CUDA kernel: on a GPU or, with ``NUMBA_ENABLE_CUDASIM=1``, in Numba's simulator."""
-    return arithmetic(_simulator() if config.ENABLE_CUDASIM else _gpu())
-
-
-def _gpu() -> Machine:
+def gpu_machine() -> Machine:
+    """libdevice's functions with a rounding in their names, which no option of the compiler changes."""
     from numba import cuda
     from numba.cuda import libdevice
     from numba.cuda.extending import intrinsic as cuda_intrinsic
@@ -109,7 +117,10 @@ def _casts(make_intrinsic: Callable) -> tuple[Callable, Callable]:
     return float_to_bits, bits_to_float
 
 
-def _simulator() -> Machine:
+@functools.cache
+def simulator_machine() -> Machine:
+    """NumPy's float32 scalars."""
+
     def quietly(operation):
         @functools.wraps(operation)
         def on_float32(*values):
@@ -189,11 +200,15 @@ def ieee_arithmetic() -> Iterator[None]:
     Raises:
         RuntimeError: this platform flushes subnormals and offers no way to change that.
     """
-    saved = ctypes.create_string_buffer(256)  # a fenv_t, which takes 32 bytes or fewer where there is a default environment
+    saved = ctypes.create_string_buffer(
+        256
+    )  # a fenv_t, which takes 32 bytes or fewer where there is a default environment
     changed = _fegetenv(saved) == 0 and _fesetenv(_DEFAULT_ENVIRONMENT) == 0
     try:
         if np.float32(2.0**-140) * _ONE == 0:
-            raise RuntimeError("this CPU flushes subnormal numbers to zero, and its mode cannot be changed: no exact bits here")
+            raise RuntimeError(
+                "this CPU flushes subnormal numbers to zero, and its mode cannot be changed: no exact bits here"
+            )
         yield
     finally:
         if changed:

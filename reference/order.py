@@ -144,4 +144,5 @@ def arithmetic(machine: Machine) -> Arithmetic:
         significand = (magnitude & 0x7FFFFF) | 0x800000
         return sign | ((significand + (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)) >> shift)
 
-    return Arithmetic(*(machine.compile(f) for f in (sum_lane, fold_lanes, sum_segments)), add, machine.compile(round_once))
+    made = machine.compile
+    return Arithmetic(made(sum_lane), made(fold_lanes), made(sum_segments), add, made(round_once))

@@ -25,13 +25,15 @@ MIN_ROWS_PER_THREAD = 64
 
 
 def on_cpu(activation, weight, sums) -> None:
-    """Write the row sums of ``activation`` ``[num_tokens, row_length]`` and ``weight`` ``[num_rows, row_length]`` to ``sums`` ``[num_tokens,
-    num_rows]``. All are float32 arrays."""
+    """Write the row sums of ``activation`` ``[num_tokens, row_length]`` and ``weight`` ``[num_rows, row_length]`` to
+    ``sums`` ``[num_tokens, num_rows]``. All are float32 arrays."""
     row_length = weight.shape[1]
     shape = num_segments(row_length), vectors_per_segment(row_length)
     loop = _cpu_loop()
     machines.run_in_threads(
-        lambda first_row, end_row: loop(activation, weight, *shape, first_row, end_row, sums), weight.shape[0], MIN_ROWS_PER_THREAD
+        lambda first_row, end_row: loop(activation, weight, *shape, first_row, end_row, sums),
+        weight.shape[0],
+        MIN_ROWS_PER_THREAD,
     )
 
 
@@ -40,7 +42,9 @@ def on_cuda(activation, weight, sums, stream=0) -> None:
     row_length = weight.shape[1]
     grid = (weight.shape[0], min(activation.shape[0], MAX_TOKEN_BLOCKS))
     block = num_segments(row_length) * NUM_LANES
-    _cuda_kernel()[grid, block, stream](activation, weight, num_segments(row_length), vectors_per_segment(row_length), sums)
+    _cuda_kernel()[grid, block, stream](
+        activation, weight, num_segments(row_length), vectors_per_segment(row_length), sums
+    )
 
 
 @functools.cache

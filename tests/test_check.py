@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,16 @@ def test_changed_golden_is_exit_status_1_and_names_the_file(
     assert f"BROKEN: numba on cpu: {complaint.partition(': ')[2]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"kind": "ordinary"}, {"bits": "AAAA"}, {"bits": "?"}, {"extra": 1}, {"hidden_dim": 8}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": seed} for seed in (3, -1, 1 << 32, "16", None, True)),
+        *({"intermediate_dim": size} for size in (272, "264", 264.0)),
+        *({"bits": bits} for bits in ("AAAA", "?", None)),
+        *({"kind": "ordinary"}, {"dtype": "float16"}, {"hidden_dim": 8}, {"gpu": None}, {"extra": 1}),
+    ],
+    ids=str,
+)
 def test_golden_whose_content_was_changed_is_exit_status_1_and_named(
     goldens: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:
@@ -241,6 +252,16 @@ def test_verdict_is_true_where_subnormals_are_flushed(goldens: Path) -> None:
             torch.set_flush_denormal(False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variable", ["NUMBA_OPT=0", "NUMBA_CPU_NAME=generic", "NUMBA_CPU_FEATURES=-fma,-avx2,-avx512f", "NUMBA_DEBUGINFO=1"]
+)
+def test_environment_changes_no_bit_of_the_specification(variable: str) -> None:
+    command = ["env", variable, sys.executable, "-m", "mlpdown", "doctor", "--json"]
+    findings = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert ", replayed by numba on this CPU: 0 differ" in findings["self_test"]["compared"][0]
+
+
 # Weights of a checkpoint
 
 
@@ -268,7 +289,9 @@ def save_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("base_model", [False, True])
-def test_layer_of_a_checkpoint(tmp_path: Path, layers: dict[str, torch.Tensor], sharded: bool, base_model: bool) -> None:
+def test_layer_of_a_checkpoint(
+    tmp_path: Path, layers: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, sharded: bool, base_model: bool
+) -> None:
     stored = {name.removeprefix("gpt_neox.") if base_model else name: tensor for name, tensor in layers.items()}
     if sharded:
         save_sharded(tmp_path, stored)
@@ -277,7 +300,8 @@ def test_layer_of_a_checkpoint(tmp_path: Path, layers: dict[str, torch.Tensor], 
     weight, bias = checkpoint.read_layer(tmp_path, 1)
     assert torch.equal(weight, layers["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"])
     assert torch.equal(bias, layers["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"])
-    status, report = run_check(tmp_path, "--model", str(tmp_path), "--layer", "1")
+    monkeypatch.chdir(tmp_path.parent)
+    status, report = run_check(tmp_path, "--model", tmp_path.name, "--layer", "1")
     assert status == 0
     assert {(row["size"], row["inputs"], row["dtype"]) for row in report["results"]} == {("48x192", "layer 1", "float16")}
 
@@ -421,7 +445,7 @@ def test_name_on_the_hub_fetches_only_the_files_of_the_layer(
         (["--layer", "3"], "--layer needs --model"),
         (["--model", "nowhere", "--hidden-dim", "8"], "leave them out"),
         (["--seed", "5000000000"], "seed in [0, 2**32)"),
-        (["--hidden-dim", "1000000", "--intermediate-dim", "8000000"], "needs about 160000 GB of memory"),
+        (["--hidden-dim", "1000000", "--intermediate-dim", "8000000"], "needs about 448000 GB of memory"),
     ],
 )
 def test_wrong_options_are_exit_status_2(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,8 @@ def test_closed_streams_do_not_change_the_status() -> None:
 
 def test_full_disk_is_status_2_and_one_line() -> None:
     assert talk(0, ">/dev/full") == (2, b"", "mlpdown talk: [Errno 28] No space left on device\n")
+    process = subprocess.run(["bash", "-c", '"$@" >/dev/full', "bash", *MLPDOWN, "--version"], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (2, "mlpdown: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,8 +21,8 @@ MINIMUM_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 HOST_COMPILERS = ("g++", "c++", "clang++")
 # Where build systems name the host compiler: nvcc's own variable, CMake's, and everybody's.
 HOST_VARIABLES = ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX")
-# nvcc takes flags from these. They can change bits (-use_fast_math), and no key would name them.
-IGNORED_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS")
+# nvcc and clang take flags from these. They can change bits (-use_fast_math), and no key would name them.
+IGNORED_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CCC_OVERRIDE_OPTIONS")
 INSTALL_NVCC = "pip install 'mlpdown[nvcc]'"
 # The oldest driver for each major version of CUDA: a library made by that CUDA needs it.
 MINIMUM_DRIVER = {12: "525", 13: "580"}
@@ -87,10 +88,11 @@ def find_toolchain(*, for_this_machine: bool = True) -> Toolchain:
             tried.append(f"  {nvcc}")
             continue
         for host in hosts:
-            refusal = host.refusal or _refusal_of_pair(nvcc.path, host.path)
+            # Its headers may not be found, or refuse the host compiler's version.
+            trial = [str(nvcc.path), f"-ccbin={host.path}", "-E", "-x", "cu", "-"]
+            refusal = host.refusal or _ask(trial, "#include <cuda_runtime.h>\n")[1]
             if refusal is None:
-                version = _release(nvcc.version)
-                return Toolchain(nvcc.path, version, nvcc.version, nvcc.origin, host.path, host.version)
+                return Toolchain(nvcc.path, _release(nvcc.version), nvcc.version, nvcc.origin, host.path, host.version)
             tried.append(f"  {nvcc.path} ({nvcc.origin}) with {host.path} ({host.origin}): {refusal}")
         if not hosts:
             raise BuildError(
@@ -111,7 +113,8 @@ def nvcc_compilers(*, for_this_machine: bool = True) -> Iterator[Compiler]:
     seen = set()
     for origin, place in _nvcc_places():
         # nvcc finds its headers beside its own file, whatever link led there. Of a link to something else (ccache), the name matters.
-        path = place.resolve() if place.resolve().name == place.name else place
+        real = Path(os.path.realpath(place))
+        path = real if real.name == place.name else place.absolute()
         if path not in seen:
             seen.add(path)
             yield _examine(origin, path, for_this_machine)
@@ -185,7 +188,8 @@ def _host_places() -> Iterator[tuple[str, Path]]:
         if named and os.path.isdir(named):  # as nvcc takes it, too
             yield from ((variable, Path(named, name)) for name in HOST_COMPILERS if os.path.isfile(Path(named, name)))
         elif named:
-            yield variable, Path(shutil.which(named) or named)
+            found = shutil.which(named)
+            yield variable, Path(found).absolute() if found else Path(named)
     for name in HOST_COMPILERS:
         found = shutil.which(name)
         if found is not None:
@@ -211,12 +215,6 @@ def _release(version: str) -> CudaVersion:
     return int(major), int(minor)
 
 
-def _refusal_of_pair(nvcc: Path, host_compiler: Path) -> str | None:
-    """Why this nvcc does not work with this host compiler: its headers are not found, say, or refuse the compiler's version."""
-    command = [str(nvcc), f"-ccbin={host_compiler}", "-E", "-x", "cu", "-"]
-    return _ask(command, "#include <cuda_runtime.h>\n")[1]
-
-
 def _ask(command: Sequence[str], text: str = "") -> tuple[str, str | None]:
     """What a command that reads ``text`` prints, and why it could not be run (None if it could)."""
     if not os.path.isfile(command[0]):
@@ -230,7 +228,7 @@ def _ask(command: Sequence[str], text: str = "") -> tuple[str, str | None]:
             errors="replace",
             timeout=_ANSWER_SECONDS,
             check=False,
-            env={**environment(), "TMPDIR": os.environ.get("TMPDIR", "/tmp")},
+            env={**environment(), "TMPDIR": tempfile.gettempdir()},
         )
     except OSError as error:
         return "", f"it cannot be run ({error.strerror})"

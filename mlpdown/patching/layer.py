@@ -1,18 +1,43 @@
-"""What every patched layer shares: its settings, and the question whether the op may stand in for the model's own code."""
+"""A patched layer: a class in the place of the model's own, whose forward steps over the end of the MLP where the op may do that."""
 
 from __future__ import annotations
 
+import copyreg
+import functools
+import inspect
+import logging
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mlpdown.module import fused_mlp_down
+from mlpdown.module import full_name, fused_mlp_down, linear_obstacle, module_obstacle, only_pytorch
+from mlpdown.validate import DTYPES, VECTOR_SIZE
+
+from .code import UnknownCode, Unwrapped
+from .forms import DROPOUTS, KNOWN, LAYERS, LINEARS, MLPS, LayerForm, MLPForm, recognise
 
 if TYPE_CHECKING:
+    import weakref
+
     from mlpdown.plan import Plan
+
+    from .handle import Patch
+
+ATTRIBUTE = "_mlpdown"
+"""Of a layer that is patched: the records of the patches that hold it, the newest last. The only attribute that a patch adds."""
+
+MODULE_CALL, LINEAR = nn.Module.__call__, torch._C._nn.linear
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -24,93 +49,243 @@ class Settings:
     plan: Plan | None = None
 
 
+class Record:
+    """What a layer keeps of one ``patch``: its settings, and a count of what became of the calls. All layers of that patch share it."""
+
+    def __init__(self, settings: Settings, handle: weakref.ref[Patch] | None = None) -> None:
+        self.settings, self.handle = settings, handle
+        self.calls: defaultdict[str, int] = defaultdict(int)
+
+    def __reduce__(self) -> Any:
+        return Record, (self.settings,)  # a copy of the layer is no longer the handle's
+
+
 class PatchedLayer:
-    """Mixed into the model's own layer class. A subclass names what it steps over and takes the step in ``forward``."""
+    """Mixed into a layer's own class; :func:`patched_class` makes the rest. Copies and pickles name the own class alone."""
 
-    _mlpdown: Settings
-    training: bool
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, _, *rest = reduced
+        own = own_class(type(self))
+        if own is None or make is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new_layer, (own,), *rest)
 
-    @staticmethod
-    def stepped_over(layer: Any) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
-        """The modules whose call the op replaces: name within the layer, module, the class it must have. The linear comes last.
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _recognise_mlp(self)
 
-        Asked at every call, so it reads ``_modules``: ``nn.Module.__getattr__`` would take ten times as long.
-        """
-        raise NotImplementedError
 
-    def takes(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the op may compute this call: inference, one token, tensors that it takes.
+def own_class(patched: type) -> type[nn.Module] | None:
+    """The class in whose place ``patched`` is; None for a class that :func:`patched_class` did not make."""
+    return patched.__dict__.get("_mlpdown_own")
 
-        Every question is a constant or a guard to ``torch.compile``, so that it never breaks a graph.
-        """
-        # With gradients on, any input of the layer may need one (a prefix in the cache, an adapter), so none is looked at.
-        if self.training or torch.is_grad_enabled() or hidden_states.shape[:-1].numel() != 1:
-            return False
-        if torch.is_autocast_enabled(hidden_states.device.type) or not hidden_states.is_contiguous():
-            return False
-        # Hooks for all modules would not see the ones that are stepped over.
-        if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-            return False
-        stepped_over = self.stepped_over(self)
-        if obstacle(stepped_over) is not None:
-            return False
-        for _, module, _ in stepped_over:
-            if module.training:
-                return False
-        weight: Any = stepped_over[-1][1]._parameters["weight"]
-        return (
-            weight.dtype == hidden_states.dtype
-            and weight.device == hidden_states.device
-            and weight.shape[0] == hidden_states.shape[-1]
-        )
 
-    def fused(
-        self,
-        hidden_states: torch.Tensor,
-        attn_output: torch.Tensor | None,
-        mlp_intermediate: torch.Tensor,
-        linear: nn.Linear,
-    ) -> torch.Tensor:
-        """``hidden_states + attn_output + linear(mlp_intermediate)``, rounded once."""
-        settings = self._mlpdown
-        return fused_mlp_down(
+def patched_class(own: type[nn.Module]) -> type[nn.Module]:
+    """The class to put in the place of ``own``, a class of layers.
+
+    Raises:
+        UnknownCode: its forward, or that of torch's own modules, has code that is not known.
+    """
+    for leaf, forms in ((nn.Linear, LINEARS), (nn.Dropout, DROPOUTS)):
+        recognise(leaf, forms)
+    replaced: Any = own.forward
+    form, unwrapped = recognise(own, LAYERS)
+    for cls in own.__subclasses__():
+        if cls.__dict__.get("_mlpdown_replaced") is replaced:
+            return cls
+    content = {
+        "__module__": __name__,
+        "__qualname__": own.__qualname__,
+        "forward": _make_forward(own, replaced, form, unwrapped),
+        "_mlpdown_own": own,
+        "_mlpdown_replaced": replaced,
+        "_mlpdown_form": form,
+    }
+    metaclass: Any = type(own)
+    return metaclass(own.__name__, (PatchedLayer, own), content)
+
+
+def layer_obstacle(layer: Any, patched: Any) -> str | None:
+    """Why the op cannot stand in for the end of this layer's MLP once the layer is of class ``patched``, or None."""
+    reason = _recognise_mlp(layer)
+    if reason is None:
+        found = _end_of_mlp(layer, patched._mlpdown_form)
+        reason = found if isinstance(found, str) else None
+    return reason
+
+
+def _new_layer(own: type[nn.Module]) -> nn.Module:
+    try:
+        cls = patched_class(own)
+    except UnknownCode as error:
+        logger.warning("a layer that was patched when it was pickled is not patched now: %s", error)
+        cls = own
+    return cls.__new__(cls)
+
+
+def _recognise_mlp(layer: Any) -> str | None:
+    try:
+        recognise(type(layer._modules.get("mlp")), MLPS)
+    except UnknownCode as error:
+        return f"mlp: {error}"
+    return None
+
+
+def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped) -> Any:
+    """The forward of a layer of this form. It lives on where somebody has wrapped it: then it may find the layer no longer patched."""
+    own_forward, renamed = unwrapped.uncheckpointed, unwrapped.renamed
+    parameters = list(inspect.signature(unwrapped.function).parameters.values())[2:]
+    named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    names = frozenset(each.name for each in named)
+    defaults = {each.name: each.default for each in named if each.default is not each.empty}
+
+    @functools.wraps(unwrapped.function)
+    def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
+        attributes = self.__dict__
+        records = attributes.get(ATTRIBUTE)
+        if records is None or own.forward is not replaced:
+            return own.forward(self, hidden_states, *positional, **keywords)
+        record, compiling = records[-1], is_compiling()
+        found: Any = _refusal(self, hidden_states, compiling) or _end_of_mlp(self, form, hidden_states, compiling)
+        if type(found) is tuple and (
+            positional
+            or (renamed and not renamed.isdisjoint(keywords))
+            or not (form.passes_rest or names.issuperset(keywords))
+        ):
+            found = "arguments are not given as the model gives them"
+        if type(found) is str:
+            if not compiling:
+                record.calls[found] += 1
+                if found not in _said:
+                    _said.add(found)
+                    logger.info("a patched layer runs the model's own code: %s", found)
+            return own_forward(self, hidden_states, *positional, **keywords)
+        settings = record.settings
+        if not compiling:
+            record.calls[settings.backend] += 1
+
+        mlp_form, mlp_modules, weight, bias = found
+        modules = attributes["_modules"]
+        keywords = {**defaults, **keywords}
+        normed = modules[form.norm](hidden_states)
+        attention = modules[form.attention]
+        if form.by_name:
+            attn_output, attn_weights = attention(hidden_states=normed, **keywords)
+        else:
+            attn_output, attn_weights = attention(normed, **keywords)
+        if form.attention_dropout is not None:
+            attn_output = modules[form.attention_dropout](attn_output)
+        parallel = form.parallel if type(form.parallel) is bool else getattr(self, form.parallel)
+        if not parallel:
+            hidden_states, attn_output = hidden_states + attn_output, None
+        if form.mlp_norm is not None and not (parallel and form.one_norm_if_parallel):
+            normed = modules[form.mlp_norm](hidden_states)
+        out = fused_mlp_down(
             hidden_states,
             attn_output,
-            mlp_intermediate,
-            linear.weight,
-            linear.bias,
+            mlp_form.intermediate(normed, mlp_modules, mlp_form.modules),
+            weight,
+            bias,
             backend=settings.backend,
             plan=settings.plan,
             weight_prefetch=settings.weight_prefetch,
         )
+        return out if form.answer is None else form.answer(out, attn_weights, keywords)
+
+    return forward
 
 
-def obstacle(stepped_over: tuple[tuple[str, nn.Module, type[nn.Module]], ...]) -> str | None:
-    """Why the op cannot stand in for these modules, or None. Asked when a model is patched, and again at each call."""
-    for name, module, expected in stepped_over:
-        if type(module) is not expected:
+def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
+    """Why the op may not compute a call in the state that torch is in, or None. The first questions turn most calls away."""
+    if type(hidden_states) is not torch.Tensor and not (compiling and _is_plain(hidden_states)):
+        return "hidden_states is not a plain tensor"
+    num_elements: Any = hidden_states.numel()
+    if compiling:
+        # A graph for many lengths must stay one: nothing is asked of a length that is not known.
+        one_token = all(statically_known_true(size == 1) for size in hidden_states.shape[:-1])
+    elif type(num_elements) is not int:
+        return "torch.jit traces"
+    else:
+        one_token = num_elements == hidden_states.shape[-1]
+    if not one_token:
+        return "there is more than one token"
+    if torch.is_grad_enabled():
+        # Any input of the layer may need a gradient (a prefix in the cache, an adapter), so none is looked at.
+        return "grad mode is on"
+    if layer.__dict__["training"]:
+        return "the layer is in train mode"
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "there are hooks for all modules, which would not see those that are stepped over"
+    if F.linear is not LINEAR:
+        return "torch.nn.functional.linear has been replaced"
+    if not hidden_states.is_contiguous():
+        return "hidden_states is not contiguous"
+    return only_pytorch()
+
+
+def _end_of_mlp(
+    layer: Any, form: LayerForm, hidden_states: torch.Tensor | None = None, compiling: bool = False
+) -> tuple[MLPForm, dict[str, Any], torch.Tensor, torch.Tensor | None] | str:
+    """The layer's MLP, as form, modules, weight and bias; or why the op cannot stand in for its end: in the call with ``hidden_states``,
+    or, without, at all.
+
+    Every call asks this, since hooks, modules and weights change unnoticed. So it reads dictionaries: ``nn.Module.__getattr__`` takes ten
+    times as long.
+    """
+    modules = layer.__dict__["_modules"]
+    mlp = modules["mlp"]
+    mlp_form = KNOWN.get(type(mlp).forward)
+    if type(mlp_form) is not MLPForm:
+        return "mlp has other code than when the model was patched"
+    # Export replaces the call of every module.
+    if type(mlp).__call__ is not MODULE_CALL and not compiling:
+        return "mlp is called in another way than a torch.nn.Module"
+    mlp_modules = mlp.__dict__["_modules"]
+    for name in mlp_form.modules:
+        if name not in mlp_modules:
+            return f"mlp.{name} is not a module"
+    linear = mlp_modules[name]
+    stepped_over: tuple[tuple[str, str, Any, Any], ...] = (("", "mlp", mlp, None), ("mlp.", name, linear, nn.Linear))
+    if form.mlp_dropout is not None:
+        stepped_over += (("", form.mlp_dropout, modules[form.mlp_dropout], nn.Dropout),)
+    if mlp_form.dropout is not None:
+        stepped_over += (("mlp.", mlp_form.dropout, mlp_modules[mlp_form.dropout], nn.Dropout),)
+    for prefix, name, module, cls in stepped_over:
+        if cls is not None and (type(module) is not cls or cls.forward not in KNOWN):
+            return f"{prefix}{name} is a {full_name(type(module))}, not a {full_name(cls)} (quantised, adapted or replaced)"
+        attributes = module.__dict__
+        if (
+            "forward" in attributes
+            or attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or "_compiled_call_impl" in attributes
+        ):
+            return f"{prefix}{name} {module_obstacle(module)}"
+        if hidden_states is not None and attributes["training"]:
+            return f"{prefix}{name} is in train mode"
+    name = mlp_form.modules[-1]
+    parameters = linear.__dict__["_parameters"]
+    if "weight" not in parameters or "bias" not in parameters:
+        return f"mlp.{name} {linear_obstacle(linear)}"
+    weight, bias = parameters["weight"], parameters["bias"]
+    for parameter in (weight, bias):
+        if parameter is not None and type(parameter) is not nn.Parameter and not (compiling and _is_plain(parameter)):
             return (
-                f"{name} is a {_full_name(type(module))}, not a {_full_name(expected)} (quantised, adapted or replaced)"
+                f"mlp.{name} has a {full_name(type(parameter))}, not a plain parameter (quantised or tensor-parallel)"
             )
-        if "forward" in module.__dict__:
-            return f"{name} has a forward of its own (offloaded or dispatched)"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has forward hooks (tensor-parallel, or somebody listens)"
-    name, linear, _ = stepped_over[-1]
-    weight: Any = linear._parameters.get("weight")
-    if not isinstance(weight, nn.Parameter):
-        return f"{name}.weight is a {_full_name(type(weight))}, not a parameter"
-    # Not `type(weight) is not nn.Parameter`: while a model is traced for export its parameters have another type.
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight):
-        return f"{name}.weight is a {_full_name(type(weight))}, not a plain tensor (quantised or tensor-parallel)"
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"{name}.weight is {weight.dtype}; the op takes torch.float16 and torch.bfloat16"
-    if weight.shape[1] % 8:
-        return f"{name}.weight has an intermediate_dim of {weight.shape[1]}; the op takes multiples of 8"
+    dtype, shape = weight.dtype, weight.shape
+    if dtype not in DTYPES:
+        return f"mlp.{name}.weight is {dtype}; the op takes torch.float16 and torch.bfloat16"
+    if len(shape) != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
+        return f"mlp.{name}.weight is {list(shape)}; the op takes a matrix with a multiple of {VECTOR_SIZE} columns"
     if not weight.is_contiguous():
-        return f"{name}.weight is not contiguous, strides {tuple(weight.stride())}"
-    return None
+        return f"mlp.{name}.weight is not contiguous, strides {weight.stride()}"
+    if hidden_states is not None and hidden_states.dtype is not dtype:
+        return f"hidden_states is {hidden_states.dtype}, the weight {dtype}"
+    return mlp_form, mlp_modules, weight, bias
 
 
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is its data and nothing more, in a graph: while one is made for export, tensors have another type."""
+    return isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)

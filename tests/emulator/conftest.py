@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mlpdown.plan import REGISTERS_KERNELS, instantiations
@@ -34,6 +36,12 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = [report for report in terminalreporter.getreports("failed") if isinstance(report, pytest.TestReport)]
+    violations = (
+        found[1] for report in reports if (found := re.search(r"ProtocolViolation: (.*)", report.longreprtext))
+    )
+    if violation := next(violations, None):
+        terminalreporter.write_line(f"emulator: the first violation of {len(reports)} failures: {violation}", red=True)
     if _KERNEL in config.stash and config.stash[_KERNEL].launched:
         launched = config.stash[_KERNEL].launched
         num_shapes, num_plans = (len(set(column)) for column in zip(*launched, strict=True))

@@ -63,7 +63,12 @@ class Kernel:
     ``registers`` are rows in registers and vectors in flight."""
 
     def __init__(
-        self, ring: list[tuple[int, int, int]], registers: tuple[tuple[int, int], ...], native: Path = NATIVE, *, optimise: bool = True
+        self,
+        ring: list[tuple[int, int, int]],
+        registers: tuple[tuple[int, int], ...],
+        native: Path = NATIVE,
+        *,
+        optimise: bool = True,
     ) -> None:
         self._library = ctypes.CDLL(str(build(native, ring, registers, optimise=optimise)))
         for name, structure in (("problem", structs.problem_type()), ("plan", structs.plan_type())):
@@ -133,6 +138,4 @@ class Kernel:
         if result.check:
             raise ProtocolViolation(result.check.decode(), result.report.decode(), seed)
         self.launched.append((inputs.weight.shape, plan))
-        return out, Statistics(
-            result.num_switches, result.num_landings, result.num_phases, result.bytes_prefetched
-        )
+        return out, Statistics(result.num_switches, result.num_landings, result.num_phases, result.bytes_prefetched)

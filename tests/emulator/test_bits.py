@@ -50,10 +50,18 @@ def shapes_for(cluster_size: int, vectors: int) -> list[tuple[int, int]]:
     for segments in (1, 2, 4, 8):
         longest = vectors * segments * NUM_LANES * VECTOR_SIZE
         # All lanes have all vectors; the last segment is shorter; most lanes have the last vector; one lane of each segment has it.
-        for length in (longest, longest - 7 * 8, longest - 24 * segments, longest - (NUM_LANES - 1) * VECTOR_SIZE * segments):
+        for length in (
+            longest,
+            longest - 7 * 8,
+            longest - 24 * segments,
+            longest - (NUM_LANES - 1) * VECTOR_SIZE * segments,
+        ):
             if num_segments(length) == segments and vectors_per_lane(length) == vectors:
                 lengths.append(length)
-    return [*zip((7, 5, 6, 3) * 4, lengths, strict=False), *(shape for shape in shapes if vectors_per_lane(shape[1]) == vectors)]
+    return [
+        *zip((7, 5, 6, 3) * 4, lengths, strict=False),
+        *(shape for shape in shapes if vectors_per_lane(shape[1]) == vectors),
+    ]
 
 
 def some_plans(cluster_size: int, rows_per_stage: int, vectors: int, seed: int) -> list[Plan]:
@@ -83,7 +91,9 @@ def some_plans(cluster_size: int, rows_per_stage: int, vectors: int, seed: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cluster_size", "rows_per_stage", "vectors"), instantiations())
-def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_stage: int, vectors: int, dtype: str) -> None:
+def test_plan_never_changes_a_bit(
+    kernel: Kernel, cluster_size: int, rows_per_stage: int, vectors: int, dtype: str
+) -> None:
     shapes, plans = shapes_for(cluster_size, vectors), some_plans(cluster_size, rows_per_stage, vectors, 1)
     for seed, ((hidden_dim, intermediate_dim), plan) in enumerate(zip(shapes, plans, strict=True)):
         inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
@@ -130,7 +140,9 @@ SEVERAL_STAGES_AT_ONCE = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("intermediate_dim", "plan"), SEVERAL_STAGES_AT_ONCE, ids=lambda value: f"{value.cluster_size}-{value.num_consumer_warps}" if isinstance(value, Plan) else str(value)
+    ("intermediate_dim", "plan"),
+    SEVERAL_STAGES_AT_ONCE,
+    ids=lambda value: f"{value.cluster_size}-{value.num_consumer_warps}" if isinstance(value, Plan) else str(value),
 )
 def test_several_stages_at_once(kernel: Kernel, intermediate_dim: int, plan: Plan, dtype: str) -> None:
     check_plan(plan, intermediate_dim, H200)
@@ -144,13 +156,19 @@ def test_several_stages_at_once(kernel: Kernel, intermediate_dim: int, plan: Pla
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_prefetch", [False, True])
 @pytest.mark.parametrize(("rows", "vectors_in_flight"), REGISTERS_KERNELS)
-def test_registers_never_change_a_bit(kernel: Kernel, rows: int, vectors_in_flight: int, weight_prefetch: bool, dtype: str) -> None:
+def test_registers_never_change_a_bit(
+    kernel: Kernel, rows: int, vectors_in_flight: int, weight_prefetch: bool, dtype: str
+) -> None:
     # The last shape takes more than one round of loads in every kernel.
     for seed, (hidden_dim, intermediate_dim) in enumerate([*SHAPES, (5, 14344), (5, 16392)]):
         inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
         for warps in {num_segments(intermediate_dim), MAX_SEGMENTS}:
             plan = Plan.in_registers(
-                rows, vectors_in_flight, num_consumer_warps=warps, weight_prefetch=weight_prefetch, dependent_launch=bool(seed % 2)
+                rows,
+                vectors_in_flight,
+                num_consumer_warps=warps,
+                weight_prefetch=weight_prefetch,
+                dependent_launch=bool(seed % 2),
             )
             check_plan(plan, intermediate_dim, H200)
             out, _ = kernel.launch(inputs, plan, seed=seed)
@@ -231,7 +249,9 @@ FULL_SIZE_PLANS = [
 ]
 
 
-@pytest.mark.parametrize("plan", FULL_SIZE_PLANS, ids=lambda plan: f"{plan.cluster_size}-{plan.num_stages}-{plan.rows_in_registers}")
+@pytest.mark.parametrize(
+    "plan", FULL_SIZE_PLANS, ids=lambda plan: f"{plan.cluster_size}-{plan.num_stages}-{plan.rows_in_registers}"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
     check_plan(plan, 10240, H200)

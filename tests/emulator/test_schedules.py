@@ -41,7 +41,9 @@ def _cases() -> list[Case]:
             warps_per_group = num_segments(length) // cluster_size
             # Rows that do not fill the last stage; two clusters where that is cheap.
             num_clusters = 1 if cluster_size == 8 else 2
-            cases.append(Case(Plan(cluster_size, 2, 3, 2, warps_per_group), num_clusters * 21, length, num_clusters, dtype))
+            cases.append(
+                Case(Plan(cluster_size, 2, 3, 2, warps_per_group), num_clusters * 21, length, num_clusters, dtype)
+            )
             # A row a stage, so that most ranks own none, and the slots for partial sums wrap too.
             cases.append(Case(Plan(cluster_size, 1, 3, 1, warps_per_group), 35, length, 1, dtype))
             # Two groups of warps.
@@ -51,7 +53,15 @@ def _cases() -> list[Case]:
         # The activation in registers: one vector a lane, two vectors, groups of warps. Clusters of unequal shares.
         activation = Plan(1, 1, 3, 2, 1, activation_in_registers=True, stagger_rows=2)
         cases.append(Case(activation, 37, 200, 3, dtype))
-        cases.append(Case(dataclasses.replace(activation, rows_per_stage=2, num_consumer_warps=2, stagger_rows=0), 19, 2056, 1, dtype))
+        cases.append(
+            Case(
+                dataclasses.replace(activation, rows_per_stage=2, num_consumer_warps=2, stagger_rows=0),
+                19,
+                2056,
+                1,
+                dtype,
+            )
+        )
         two_groups = dataclasses.replace(activation, rows_per_stage=2, num_stages=2, num_consumer_warps=2)
         cases.append(Case(two_groups, 32, 200, 2, dtype))
         cases.append(Case(dataclasses.replace(two_groups, num_stages=4, num_consumer_warps=4), 60, 2560, 2, dtype))

@@ -125,7 +125,7 @@ def _races(lines: Sequence[str]) -> list[str]:
 
 
 def _access(text: str) -> str:
-    """``Read f`` from ``Read access at void f<Float16, (unsigned int)1>(float (&)[8])+0x1ba0 in mlp_down.cuh:68 [8 hazards]``.
+    """``Read f`` from ``Read access at void f<Float16, (unsigned int)1>(float (&)[8])+0x1ba0 in activation.cuh:68 [8 hazards]``.
 
     Neither the type of the result nor arguments; a text that is not of this form as it is.
     """

@@ -95,11 +95,11 @@ class FakeCompilers:
 
 def _kernel_symbols(dtype: str) -> list[str]:
     """Every kernel of one dtype, as the compiler names it."""
-    ring = [
-        f"_Z8mlp_downI{dtype}{''.join(f'Lj{value}E' for value in values)}Ev14MlpDownProblem11MlpDownPlan13MlpDownShares"
-        for values in plan.instantiations()
+    kernels = [("4ring", values) for values in plan.instantiations()] + [("9registers", values) for values in plan.REGISTERS_KERNELS]
+    return [
+        f"_Z{name}I{dtype}{''.join(f'Lj{value}E' for value in values)}Ev14MlpDownProblem11MlpDownPlan8Geometry"
+        for name, values in kernels
     ]
-    return ring + [f"_Z18mlp_down_registersI{dtype}Lj{rows}EEv14MlpDownProblem" for rows in plan.ROWS_IN_REGISTERS]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def built() -> library.LibraryInfo:
 
 def test_all_targets_compile_without_spills(built: library.LibraryInfo) -> None:
     kernels = built.manifest.kernels
-    assert len(kernels) == len(targets.MACHINE_TARGETS) * 2 * (len(plan.instantiations()) + len(plan.ROWS_IN_REGISTERS))
+    assert len(kernels) == len(targets.MACHINE_TARGETS) * 2 * (len(plan.instantiations()) + len(plan.REGISTERS_KERNELS))
     assert {kernel["target"] for kernel in kernels} == set(targets.MACHINE_TARGETS)
     for kernel in kernels:
         assert kernel["registers"] > 0

@@ -49,14 +49,17 @@ def make_model(family: str, dtype: torch.dtype = torch.float16, **changes: Any) 
         }[family]
         config = config_class(num_key_value_heads=2, **settings)
     torch.manual_seed(20)
-    model = make(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.1)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.02)
-    return model.to(dtype).eval()
+    return randomise(make(config)).to(dtype).eval()
+
+
+@torch.no_grad()
+def randomise(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.1)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.02)
+    return model
 
 
 def layers_of(model: Any) -> Any:

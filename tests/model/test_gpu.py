@@ -56,9 +56,11 @@ def test_auto_takes_native_for_every_decoded_token(family: str, calls: Any) -> N
     model = make_model(family).cuda()
     prompt = torch.tensor([[5, 6, 7]], device="cuda")
     expected = greedy(model, prompt)
-    with mlpdown.patch(model, weight_prefetch=True):
+    with mlpdown.patch(model, weight_prefetch=True) as handle:
         assert greedy(model, prompt).shape == expected.shape
         assert calls.take() == 7 * NUM_LAYERS
+    assert (handle.report.backend, handle.report.passed_over) == ("native", None)
+    assert handle.calls == {"auto": 7 * NUM_LAYERS, "there is more than one token": NUM_LAYERS}
 
 
 @pytest.mark.parametrize("weight_prefetch", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import mlpdown
@@ -64,7 +65,12 @@ def parametrise(layer: Any) -> None:
 
 
 def subclass(layer: Any) -> None:
-    layer.__class__ = type("FullyShardedLayer", (type(layer),), {})
+    own = type(layer)
+
+    def forward(self: Any, hidden_states: torch.Tensor, **keywords: Any) -> Any:
+        return own.forward(self, hidden_states * 2, **keywords)
+
+    layer.__class__ = type("ScaledLayer", (own,), {"forward": forward})
 
 
 CASES: dict[str, tuple[Any, str]] = {
@@ -73,7 +79,10 @@ CASES: dict[str, tuple[Any, str]] = {
         r"mlp.dense_4h_to_h is a .*\.QuantisedLinear, not a torch\.nn\.modules\.linear\.Linear \(quantised, adapted or",
     ),
     "adapted": (adapt, r"mlp.dense_4h_to_h is a .*\.Adapted, not a "),
-    "adapted MLP": (adapt_whole_mlp, r"mlp is a .*\.Adapted, not a "),
+    "adapted MLP": (
+        adapt_whole_mlp,
+        r"mlp: .*\.Adapted.forward is not known: it differs from .* in 'return self.base_layer",
+    ),
     "parametrised": (parametrise, r"mlp.dense_4h_to_h is a .*ParametrizedLinear, not a "),
     "offloaded layer": (offload, r"it has a forward of its own \(offloaded, dispatched or wrapped\)"),
     "offloaded linear": (lambda layer: offload(layer.mlp.dense_4h_to_h), r"mlp.dense_4h_to_h has a forward of its own"),
@@ -86,7 +95,7 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda layer: layer.post_mlp_dropout.register_forward_hook(lambda *_: None),
         r"post_mlp_dropout has forward hooks",
     ),
-    "subclass": (subclass, r"it is a .*FullyShardedLayer, a subclass of GPTNeoXLayer"),
+    "subclass": (subclass, r"ScaledLayer\.forward is not known: .*"),
     "other dtype": (
         lambda layer: layer.float(),
         r"mlp.dense_4h_to_h.weight is torch.float32; the op takes torch.float16 and torch.bfloat16",
@@ -106,8 +115,10 @@ def test_layer_is_left_alone_and_the_reason_given(case: str, caplog: pytest.LogC
     assert report.num_layers == NUM_LAYERS and report.num_patched == NUM_LAYERS - 1
     assert list(report.skipped) == ["gpt_neox.layers.0"]
     assert re.search(reason, report.skipped["gpt_neox.layers.0"]), report.skipped
-    assert str(report).startswith("1 of 2 layers patched\n  gpt_neox.layers.0 skipped: ")
-    assert str(report) in caplog.text
+    assert str(report).startswith("1 of 2 layers patched\n")
+    assert f"\n  gpt_neox.layers.0 skipped: {report.skipped['gpt_neox.layers.0']}" in str(report)
+    assert "1 of 2 layers are not patched: print the handle for the reasons" in caplog.text
+    assert "skipped" not in caplog.text, "who prints the handle reads the reasons once"
     assert type(first) is class_before and first.__dict__ == attributes_before
     assert type(second) is not class_before
 
@@ -125,7 +136,7 @@ def test_intermediate_dim_that_the_op_does_not_take() -> None:
     report = mlpdown.patch(make_model("qwen2", intermediate_size=100)).report
     assert report.num_patched == 0
     assert set(report.skipped.values()) == {
-        "mlp.down_proj.weight has an intermediate_dim of 100; the op takes multiples of 8"
+        "mlp.down_proj.weight is [64, 100]; the op takes a matrix with a multiple of 8 columns"
     }
 
 
@@ -143,7 +154,7 @@ def test_tensor_parallel_weight() -> None:
     finally:
         distributed.destroy_process_group()
     assert report.skipped.keys() == {"model.layers.1"}
-    assert re.search(r"mlp.down_proj.weight is a .*DTensor, not a plain tensor", report.skipped["model.layers.1"])
+    assert re.search(r"mlp.down_proj has a .*DTensor, not a plain parameter", report.skipped["model.layers.1"])
 
 
 def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
@@ -156,3 +167,80 @@ def test_dispatching_a_patched_layer_and_unpatching_it(calls: Any) -> None:
     assert mlpdown.unpatch(model) == NUM_LAYERS
     assert torch.equal(step(model), expected)
     assert calls.take() == 0
+
+
+def test_layers_of_unknown_code_are_named_with_what_differs_and_the_way_on(calls: Any) -> None:
+    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).half().eval()
+    expected = step(model)
+    report = mlpdown.patch(model).report
+    assert (report.num_layers, report.num_patched, report.backend) == (2, 0, None)
+    assert "GPT2Block.forward is not known: it differs from" in str(report)
+    assert "transformer.h.0 to transformer.h.1 (2) skipped: " in str(report)
+    assert torch.equal(step(model), expected) and calls.take() == 0
+
+
+class Stage(nn.Module):
+    """Somebody's part of a model: layers within a list within an item of a list."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(8, 8)
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) + x
+
+
+def test_known_layers_are_found_wherever_they_are() -> None:
+    model = nn.Module()
+    layers = list(layers_of(make_model("llama")))
+    model.stages = nn.ModuleList([Stage(layers[:1]), Stage(layers[1:]), Unknown(), Unknown()])
+    handle = mlpdown.patch(model)
+    reason = f"{__name__}.Unknown.forward is not known: no code like it is known"
+    assert handle.report.skipped == {"stages.2": reason, "stages.3": reason}
+    assert (handle.report.num_layers, handle.report.num_patched) == (4, 2)
+    assert str(handle).splitlines()[2:] == [
+        f"  stages.2 to stages.3 (2) skipped: {reason}",
+        "  A line in mlpdown/patching/forms.py makes code known: send the project this report, or the line.",
+    ]
+    assert mlpdown.unpatch(model) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_mlp_that_is_called_in_another_way(when: str, calls: Any) -> None:
+    model = make_model("llama")
+    if when == "after":
+        mlpdown.patch(model, backend="torch")
+    mlp = layers_of(model)[0].mlp
+    own = type(mlp)
+    mlp.__class__ = type("Doubled", (own,), {"__call__": lambda self, x: own.__call__(self, x) * 2})
+    if when == "before":
+        report = mlpdown.patch(model, backend="torch").report
+        assert report.skipped == {"model.layers.0": "mlp is called in another way than a torch.nn.Module"}
+    actual = step(model)
+    assert calls.take() == NUM_LAYERS - 1
+    mlpdown.unpatch(model)
+    assert torch.equal(actual, step(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_changes_after_the_patch_is_noticed(case: str, calls: Any) -> None:
+    model = make_model("gpt_neox_parallel")
+    mlpdown.patch(model, backend="torch")
+    if case in ("subclass", "offloaded layer"):
+        pytest.skip("these are put around the patched forward, and call it")
+    spoil, _ = CASES[case]
+    spoil(layers_of(model)[0])
+    if case == "other dtype":
+        model.float()
+    actual = step(model)
+    assert calls.take() == (0 if case == "other dtype" else NUM_LAYERS - 1)
+    mlpdown.unpatch(model)
+    assert torch.equal(actual, step(model))
