@@ -114,7 +114,7 @@ class ActivationInSharedMemory {
     if (is_first_warp) {
       if (segment.lane == 0) {
         ptx::mbarrier_arrive_expect_tx(smem + SharedLayout::kActivationBarrier, slice_bytes);
-        if (slice_bytes > 0) ptx::cp_async_bulk(smem_, slice, slice_bytes, smem + SharedLayout::kActivationBarrier);
+        ptx::cp_async_bulk(smem_, slice, slice_bytes, smem + SharedLayout::kActivationBarrier);
       }
       ptx::syncwarp();
     }

@@ -61,7 +61,7 @@ struct Slice {
   unsigned int first_segment;
   unsigned int log2_num_segments;
   unsigned int first_vector;
-  unsigned int num_bytes;  // of a row
+  unsigned int num_bytes;  // of a row; no slice is empty
 
   MLPDOWN_HOST_DEVICE unsigned int num_segments() const { return 1u << log2_num_segments; }
 };

@@ -22,14 +22,8 @@ FLAGS = (
     "-ffp-contract=off",  # a sum that is not a fused multiply-add in the kernel is none here
     "-Wno-unknown-pragmas",  # unroll
 )
-# For few and small launches, some of which go wrong: compiled in half the time. Variables that nobody has set hold the same values
-# everywhere, and an index past an array in registers ends the process.
-UNOPTIMISED_FLAGS = (
-    "-O0",
-    "-ftrivial-auto-var-init=pattern",
-    "-fsanitize=bounds",
-    "-fsanitize-undefined-trap-on-error",
-)
+# For few and small launches, some of which go wrong: compiled in half the time; an index past an array in registers ends the process.
+UNOPTIMISED_FLAGS = ("-O0", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # clocks are long
 MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp")
 

@@ -118,7 +118,7 @@ class Kernel:
             else np.full(hidden_dim, 0xFFFF, np.uint16)
         )
         problem = structs.problem_type()(
-            hidden_states=inputs.hidden_states.ctypes.data,
+            hidden_states=None if is_partial_sums else inputs.hidden_states.ctypes.data,
             attn_output=None if inputs.attn_output is None else inputs.attn_output.ctypes.data,
             mlp_intermediate=inputs.mlp_intermediate.ctypes.data,
             weight=inputs.weight.ctypes.data,

@@ -6,11 +6,6 @@ _BY_REASON = {
     # ---- Nothing changes ----
     "Where two sizes are the same, either is the smaller one.": ("comparison | smaller | a < 1 + b",),
     "Segments are 1, 2, 4 or 8.": ("comparison | cut_into_segments | (2u << log2_count) <= 1 + kMaxSegments",),
-    "No slice is empty, and bytes come in multiples of 16.": (
-        "condition | ActivationInSharedMemory::load | (1 || (slice_bytes > 0))",
-        "comparison | ActivationInSharedMemory::load | slice_bytes + 1 > 0",
-        "comparison | ActivationInSharedMemory::load | slice_bytes > 1 + 0",
-    ),
     "A wait for the other phase of a barrier that has completed none ends at once.": (
         "condition | Producer::run | (1 || (fill_idx >= plan.num_stages))",
         "comparison | Producer::run | fill_idx + 1 >= plan.num_stages",
@@ -59,9 +54,6 @@ _BY_REASON = {
         "delete | stream | ptx::syncwarp(); ... cluster.sync();",
     ),
     "Lanes that have parted stay apart longer.": ("delete | ActivationInSharedMemory::load | ptx::syncwarp();",),
-    "Residuals that partial sums do not need are there all the same, and are read.": (
-        "condition | Ending::load | (1 || (!problem.is_partial_sums))",
-    ),
 }
 
 SURVIVORS = {key: reason for reason, keys in _BY_REASON.items() for key in keys}

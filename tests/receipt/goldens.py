@@ -22,6 +22,8 @@ GOLDEN_CASES = tuple(
         (333, 11008, "cancelling", 14),
         (77, 1000, "cancelling", 15),
         (64, 264, "special", 16),
+        (192, 4096, "cancelling", 17),
+        (160, 2568, "cancelling", 18),
     )
     for dtype in ("float16", "bfloat16")
 )
@@ -40,9 +42,14 @@ def main() -> int:
     for golden_case in GOLDEN_CASES:
         hidden_states, attn_output, mlp_intermediate, weight, bias = golden_case.make().tensors("cuda")
         assert hidden_states is not None and mlp_intermediate is not None and weight is not None
-        out = mlpdown.run(hidden_states, attn_output, mlp_intermediate, weight, bias, backend="native")
-        golden = Golden(golden_case, torch.cuda.get_device_name(), result_bits(out)[0])
-        num_wrong = golden.num_wrong_bits()
+        golden, num_wrong = None, 0
+        for weight_prefetch in (False, True):  # weights in registers, and through the ring where that is faster
+            out = mlpdown.run(
+                hidden_states, attn_output, mlp_intermediate, weight, bias, backend="native", weight_prefetch=weight_prefetch
+            )
+            golden = Golden(golden_case, torch.cuda.get_device_name(), result_bits(out)[0])
+            num_wrong += golden.num_wrong_bits()
+        assert golden is not None
         wrong += num_wrong
         print(f"{golden.write(arguments.out)}: {num_wrong} wrong bits")
     return 1 if wrong else 0
