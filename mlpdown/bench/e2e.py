@@ -97,17 +97,15 @@ class Benchmark:
         self.device = machine.current_device(arguments.device)
         self.on_cuda = self.device.type == "cuda"
         lengths = (arguments.tokens or ",".join(str(2**power) for power in range(4, 12 if self.on_cuda else 7))).split(",")
-        backends, taken = mlpdown.backends(), arguments.backend
-        if taken == "auto":
-            taken = "native" if self.on_cuda and backends["native"].available else "torch"
-        reason = "there is none of that name" if taken not in backends else "" if backends[taken].available else backends[taken].reason
+        status = mlpdown.backends().get("torch" if arguments.backend == "auto" else arguments.backend)
+        reason = "there is none of that name" if status is None else "" if status.available else status.reason
         refusals = {
             f"--tokens must be positive numbers with commas, got {arguments.tokens!r}": not all(w.isdecimal() and int(w) for w in lengths),
             f"--modes must be some of {','.join(MODES)}, got {arguments.modes!r}": not set(self.modes) <= set(MODES),
             f"--model and --size exclude each other, got {arguments.model} and {arguments.size}": arguments.model and arguments.size,
             f"--plot must end in .svg or .png, got {arguments.plot}": arguments.plot and arguments.plot.suffix not in (".svg", ".png"),
             "transformers 4.57 or newer is needed: pip install transformers": importlib.util.find_spec("transformers") is None,
-            f"backend {taken!r} cannot run here: {reason}": reason,
+            f"backend {arguments.backend!r} cannot run here: {reason}": reason,
         }
         for refusal, holds in refusals.items():
             if holds:
@@ -125,8 +123,8 @@ class Benchmark:
         patch = mlpdown.patch(self.patched_model, **settings)
         ops = (torch_layer, functools.partial(mlpdown.run, **settings))
         self.loops = [LoopModel(self.model, positions(self.lengths[-1]), op) for op in ops]
-        facts, self.expected_calls = {**settings, "backend_taken": taken, "prompt_length": PROMPT_LENGTH}, None
-        if self.on_cuda and taken == "native":
+        facts, self.expected_calls = {**settings, "backend_taken": patch.report.backend, "prompt_length": PROMPT_LENGTH}, None
+        if self.on_cuda and patch.report.backend == "native":
             self.expected_calls = {NATIVE_OP: config.num_hidden_layers}
             sizes = config.hidden_size, config.intermediate_size, native_backend.device_properties(self.device.index)
             facts["plan"] = dataclasses.asdict(choose_plan(*sizes, weight_prefetch=arguments.weight_prefetch))
@@ -135,9 +133,7 @@ class Benchmark:
         self.content: dict[str, Any] = {"benchmark": "e2e", "schema_version": SCHEMA_VERSION, "machine": made_on, "model": label}
         self.content |= {"dtype": arguments.dtype, "device": made_on["gpu"] if self.on_cuda else "CPU", "settings": facts, "logits": []}
         self.content |= {"tokens": [], "rows": [], "passes": [], "build_seconds": {}, "calls_of_op": {}, "not_run": [], "failed": []}
-        self.say(f"{label}, {arguments.dtype}, {self.content['device']}: {patch}, backend {taken}")
-        if taken != arguments.backend and taken == "torch":
-            self.say(f"native is not taken: {backends['native'].reason}")
+        self.say(f"{label}, {arguments.dtype}, {self.content['device']}: {patch}")
 
     def run(self) -> None:
         """Check the logits (CheckError if they are wrong), then time mode by mode; what fails there costs only its own mode. What is known

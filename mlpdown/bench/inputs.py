@@ -30,7 +30,7 @@ class Inputs:
     """Random inputs, made on the device: all ``[1, dim]``, ``bias`` ``[hidden_dim]``, a weight for each call."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int, seed: int) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
+        self.device, generator = device, torch.Generator(device).manual_seed(seed)
 
         def values(scale: float, *size: int) -> torch.Tensor:
             return torch.randn(size, dtype=dtype, device=device, generator=generator).mul_(scale)

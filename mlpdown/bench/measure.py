@@ -35,7 +35,7 @@ def measure(inputs: Inputs, num_rounds: int, compile_deadline: float, tell: Call
     Raises:
         CheckError: a candidate computes something wrong; nothing was timed.
     """
-    device, num_calls, backends = inputs.bias.device, len(inputs.weights), mlpdown.backends()
+    device, num_calls, backends = inputs.device, len(inputs.weights), mlpdown.backends()
     on_cuda = device.type == "cuda"
     tell("oracle")
     checks = Checks(inputs)

@@ -74,7 +74,7 @@ def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]
         CheckError: a plan changes a bit.
     """
     end = time.monotonic() + seconds
-    device, weight_shape = inputs.bias.device, inputs.weights[0].shape
+    device, weight_shape = inputs.device, inputs.weights[0].shape
     chosen = native_plans(weight_shape, device)
     expected = inputs.run(native_layer(chosen["native_chained"]))
     Checks(inputs).check("the chosen plan", expected, bits=True)

@@ -67,7 +67,8 @@ def test_modes_of_a_cpu_are_checked_timed_and_written(tmp_path: Path, capsys: py
     captured = capsys.readouterr()
     printed = captured.out
     assert "USDT" not in captured.err and "Warning" not in captured.err
-    assert "one token takes backend 'numba'" in printed and "backend numba" in printed[printed.index("PyTorch over mlpdown") :]
+    assert "2 of 2 layers patched" in printed and "one token takes backend 'numba'" in printed
+    assert "backend numba" in printed[printed.index("PyTorch over mlpdown") :]
     assert printed.index("from float64") < printed.index("ms a token, medians")
     assert content["settings"]["backend_taken"] == "numba"
 
@@ -144,7 +145,7 @@ def test_mode_that_cannot_run_leaves_no_empty_table(capsys: pytest.CaptureFixtur
     assert run_command("--modes", "graph", "--tokens", "4") == 1
     printed = capsys.readouterr().out
     assert "not run: graph" in printed and "pairs" not in printed
-    assert "native is not taken: " in printed, "auto says why it does not take the better backend"
+    assert "one token takes backend 'torch'" in printed and "native needs CUDA" in printed, "why not a better one"
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import torch
 from rich.console import Console
 
 import mlpdown
-from mlpdown import timing
+from mlpdown import native_backend, timing
 from mlpdown.accuracy import CheckError
-from mlpdown.bench import baselines, measure
+from mlpdown.bench import baselines, measure, op
 from mlpdown.bench.baselines import multiply_and_sum, torch_layer
 from mlpdown.bench.inputs import Checks, Inputs, calls_for, check_same_bits
 from mlpdown.bench.op import validity
@@ -23,6 +25,7 @@ from mlpdown.bench.report import detail_table, label_of, summary_table
 from mlpdown.bench.shapes import PYTHIA_2B8, SHAPES, Shape, parse_shapes
 from mlpdown.cli import main
 from mlpdown.json_lines import read_json, to_json
+from mlpdown.plan import H200, Plan
 from mlpdown.timing import TimeLimitExpired, time_limit
 
 TINY = Shape("tiny", 48, 256)
@@ -225,3 +228,111 @@ def test_wall_clock_tells_milliseconds() -> None:
 def test_quartiles_of_few_samples() -> None:
     assert timing.quartiles([3.0]) == (3.0, 3.0)
     assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+
+
+GPU = torch.device("cuda", 0)
+
+
+class PlayedGraph:
+    """Runs its work on the CPU; what a replay would do is done already."""
+
+    def __init__(self, work: Any) -> None:
+        self.outs = work()
+
+    def replay(self) -> None:
+        """Nothing to do again."""
+
+
+@pytest.fixture
+def played_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """bench op as on an H200: the native kernel is played by the specification, CUDA graphs and clocks by fakes."""
+
+    def made_on_the_cpu(shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int, seed: int) -> Inputs:
+        inputs = Inputs(shape, dtype, CPU, num_calls, seed)
+        inputs.device = device
+        return inputs
+
+    def time_rounds(works: dict[str, Any], clock: timing.Clock, num_rounds: int, num_calls: int) -> dict[str, list[float]]:
+        kind = {"device": 10.0, "wall": 20.0, "host": 30.0}[clock.kind]
+        return {name: [kind] * num_rounds for name in works}
+
+    available = mlpdown.BackendStatus(True, "")
+    monkeypatch.setattr(mlpdown, "backends", lambda: {"native": available, "numba": available, "torch": available})
+    monkeypatch.setattr(native_backend, "device_properties", lambda index: H200)
+    monkeypatch.setattr(measure, "Captured", PlayedGraph)
+    monkeypatch.setattr(measure, "time_rounds", time_rounds)
+    monkeypatch.setattr(measure, "native_layer", lambda plan: functools.partial(mlpdown.run, backend="numba"))
+    monkeypatch.setattr(measure, "fastest_read", lambda weights: (PlayedGraph(list), [10.0]))
+    layers = {"compile_default": (torch_layer, ""), "compile_max_autotune": (None, "not today")}
+    monkeypatch.setattr(measure, "compile_layer", lambda name, call, limit: layers.get(name, (multiply_and_sum, "")))
+    monkeypatch.setattr(op, "Inputs", made_on_the_cpu)
+    monkeypatch.setattr(op, "steady_read", lambda device: [4.5] * 5)
+    monkeypatch.setattr(op.machine, "current_device", lambda device: GPU)
+    monkeypatch.setattr(op.machine, "describe", lambda commit: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=1))
+    return monkeypatch
+
+
+def test_with_a_gpu_every_candidate_is_checked_and_timed(
+    played_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "op.json"
+    assert main(["bench", "op", "--shapes", "48x256", "--rounds", "4", "--json", str(path), "--plot", str(tmp_path / "op")]) == 0
+    content = read_json(path, "op", 1)
+    result = content["results"][0]
+    native = {"native_isolated", "native_chained", "native_chained_prefetch"}
+    baselines_timed = {"torch_graph", "torch_eager", "compile_multiply_and_sum", "compile_default"}
+    assert set(result["timings"]) == native | baselines_timed | {"read_only"}
+    assert {name: samples for name, samples in result["timings"].items() if name != "torch_eager"} == dict.fromkeys(
+        set(result["timings"]) - {"torch_eager"}, [10.0] * 4
+    )
+    assert set(result["timings"]["torch_eager"]) == {20.0} and result["missing"] == {"compile_max_autotune": "not today"}
+    assert {name: set(samples) for name, samples in result["cpu_cost"].items()} == {"torch": {30.0}, "native": {30.0}}
+    assert set(result["plans"]) == native and result["num_calls"] == 32
+    assert not result["plans"]["native_isolated"]["dependent_launch"] and result["plans"]["native_chained_prefetch"]["weight_prefetch"]
+    assert content["validity"] == {"valid": True, "reasons": []}
+    printed = capsys.readouterr().out
+    assert "valid run: yes" in printed and "native, chained, prefetch" in printed and "steady read 4.50 TB/s" in printed
+
+
+@pytest.mark.parametrize("wrong", ["a bit", "a plan's bit", "a baseline"])
+def test_with_a_gpu_nothing_wrong_is_timed(wrong: str, played_gpu: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoilt(plan: Any) -> Any:
+        def layer(*tensors: torch.Tensor) -> torch.Tensor:
+            out = mlpdown.run(*tensors, backend="numba")
+            if wrong == "a bit" or (wrong == "a plan's bit" and plan.weight_prefetch):
+                out.view(torch.int16)[0, 3] ^= 1
+            return out
+
+        return layer
+
+    played_gpu.setattr(measure, "native_layer", spoilt)
+    if wrong == "a baseline":
+        played_gpu.setattr(measure, "compile_layer", lambda name, call, limit: (lambda *tensors: torch_layer(*tensors) * 1.5, ""))
+    assert main(["bench", "op", "--shapes", "48x256", "--dtypes", "float16"]) == 1
+    printed = capsys.readouterr()
+    assert (
+        printed.out == ""
+        and {"a bit": "than the specification", "a plan's bit": "than under the default plan"}.get(
+            wrong, "compile_multiply_and_sum: 48 of 48 elements of the first call are further from float64"
+        )
+        in printed.err
+    )
+
+
+def test_sweep_of_the_command_writes_every_plan(played_gpu: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shares = []
+
+    def sweep(inputs: Inputs, seconds: float, seed: int, tell: Any) -> tuple[list[dict[str, Any]], int]:
+        shares.append(seconds)
+        row = {"plan": dataclasses.asdict(Plan(1, 2, 8, 3, 8)), "is_chosen": True, "is_final": True}
+        return [{**row, "chained": [11.0], "isolated": [12.0]}], 900
+
+    played_gpu.setattr(op.plans, "sweep", sweep)
+    path = tmp_path / "plans.json"
+    assert main(["bench", "op", "--plans", "--shapes", "48x256,40x64", "--dtypes", "float16", "--seconds", "100", "--json", str(path)]) == 0
+    content = read_json(path, "op", 1)
+    assert [row["shape"] for row in content["plans"]] == ["48x256", "40x64"]
+    assert content["plans"][0]["floor_us"] == pytest.approx(2 * 48 * 256 / 4.5e6, rel=1e-4)
+    assert shares[0] == pytest.approx(50, abs=5) and shares[-1] > 90, "who needs less leaves it to the rest"
+    assert "48x256 float16: us a call; 1 of 900 plans tried; floor 0.01" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from mlpdown.jit.toolchain import find_toolchain
 from mlpdown.plan import Plan, instantiation
 
 SOURCE = "harness.cu"
-RUN_LIMIT_SECONDS = 60
+RUN_LIMIT_SECONDS = 90
 RACECHECK_LIMIT_SECONDS = 30  # a case: it follows every byte of shared memory, and every look at a barrier
 FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
 # racecheck's report takes a line for an access, and one more for each access that it may clash with.
