@@ -20,7 +20,7 @@ ALLOWED_LIBRARIES = {
     "libc.so.6",
     "ld-linux-x86-64.so.2",
 }
-EXPORTED = {"mlpdown_launch", "mlpdown_resources", "mlpdown_shared_memory_bytes", sources.HASH_SYMBOL}
+EXPORTED = {"mlpdown_launch", "mlpdown_shared_memory_bytes", sources.HASH_SYMBOL}
 
 
 @pytest.fixture(scope="module")
