@@ -67,7 +67,7 @@ def test_library_carries_the_hash_of_its_source(built: library.LibraryInfo) -> N
 def test_ops_are_registered_once_it_is_loaded(built: library.LibraryInfo) -> None:
     code = (
         "import torch; from mlpdown.jit import library; first = library.load(); assert library.load() is first\n"
-        "print(torch.ops.mlpdown.mlp_down.overloads(), torch.ops.mlpdown.partial_sums.overloads())"
+        "print(torch.ops.mlpdown.run.overloads(), torch.ops.mlpdown.row_sums.overloads())"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
