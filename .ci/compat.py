@@ -42,13 +42,13 @@ from mlpdown import check, native_backend
 from mlpdown.jit import library
 info = library.load()
 native_backend.load()
-plan = [False if str(value.type) == "bool" else 1 for value in torch.ops.mlpdown.mlp_down.default._schema.arguments[5:]]
+plan = [False if str(value.type) == "bool" else 1 for value in torch.ops.mlpdown.run.default._schema.arguments[5:]]
 def tensors(device):
     shapes = ((1, 32), (1, 32), (1, 64), (32, 64), (32,))
     return [torch.ones(shape, dtype=torch.float16, device=device) for shape in shapes]
-shape = tuple(torch.ops.mlpdown.mlp_down(*tensors("meta"), *plan).shape)
+shape = tuple(torch.ops.mlpdown.run(*tensors("meta"), *plan).shape)
 try:
-    torch.ops.mlpdown.mlp_down(*tensors("cpu"), *plan)
+    torch.ops.mlpdown.run(*tensors("cpu"), *plan)
     refused = None
 except RuntimeError as error:
     refused = str(error).splitlines()[0]

@@ -41,9 +41,9 @@ SUBNORMAL_SHAPE = (64, 264)
 TABLE_COLUMNS = 80  # in narrower terminals, whole lines that wrap say more than columns that are cut
 BYTES_A_WEIGHT = 56  # of memory, at most at once: measured, most of it for the float64 result
 CAPTION = (
-    "Wrong bits: elements unlike the recorded ones, or else unlike the specification's. -: the specification itself ran, "
-    "and only its error bound was tested. In brackets: torch, which promises no bits. ULPs off: from the float64 result; "
-    "many where inputs cancel, because float32 itself is far off there."
+    "Wrong bits: elements unlike the recorded ones, or else unlike the specification's. -: the specification itself ran, and only its "
+    "error bound was tested. In brackets: torch, which promises no bits. ULPs off: from the float64 result; many where inputs cancel, "
+    "because float32 itself is far off there."
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpdown import backends, cli, native_backend
+from mlpdown import backends, cli, native_backend, plan
 from mlpdown.jit import BuildError, cache, library, program, sources, toolchain
 
 from .conftest import ONE_TARGET, FakeCompilers, start_python
@@ -211,7 +211,7 @@ def _native_says(monkeypatch: pytest.MonkeyPatch, match: str) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(native_backend, "refusal_of_device", lambda index: None)
+    monkeypatch.setattr(native_backend, "device_properties", lambda index: plan.H200)
     state = backends()["native"]
     assert not state.available and re.search(match, state.reason), state.reason
 

@@ -74,7 +74,7 @@ def test_installed_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "MLPDOWN_NVCC": "/nowhere/nvcc"}
     code = (
         "import torch; from mlpdown.jit import library; info = library.load(); print(info.origin, info.path)\n"
-        "op = torch.ops.mlpdown.mlp_down.default\n"
+        "op = torch.ops.mlpdown.run.default\n"
         "tensors = [torch.zeros(8, dtype=torch.float16)] * 5\n"
         "plan = [False if str(value.type) == 'bool' else 1 for value in op._schema.arguments[5:]]\n"
         "try: op(*tensors, *plan)\n"
