@@ -1,8 +1,8 @@
-# make demo    set everything up and run the main job: the op at Pythia-2.8B's size, every backend that can run here, bits compared
+# make demo    set everything up and replay, with every backend that can run here, results that were recorded on a GPU
 # make test    the tests (TESTFLAGS="-m gpu" or "-m slow" for the others)
 # make lint    ruff and mypy
 # make wheel   one wheel with the compiled library, in dist/
-# make compat  the built library under every torch and Python that can be had here; writes build/compat/
+# make compat  the built library and the specification under every torch, Python and numba that can be had here; writes build/compat/
 # make transformers4  the model tests under transformers 4.57
 # make receipt on a machine with a GPU: build, tests, bits, errors, goldens, hazards, sanitizers, as build/receipt/receipt.json
 #
@@ -44,14 +44,15 @@ transformers4: $(VENV)/installed
 
 receipt: $(VENV)/installed
 	rm -rf build/receipt
-	$(BIN)/python -m mlpdown.receipt --out build/receipt
+	$(BIN)/python -m tests.receipt --out build/receipt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info native/prebuilt
 
 # A stamp, made anew when what is to be installed has changed.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "Installing into $(VENV). On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@

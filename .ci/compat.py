@@ -1,4 +1,5 @@
-"""The wheel's library under every torch and Python that can be had here: ``make compat``. Writes results.json and results.md.
+"""The wheel's library and the specification's bits under every torch, Python and numba that can be had here: ``make compat``. Writes
+results.json and results.md.
 
 Where only a CUDA build of torch is to be had, and NVIDIA's libraries (gigabytes) are not, stubs stand in for them: functions that all
 answer "no device". Torch then imports as on a machine without a GPU, which is all that is asked of it here.
@@ -30,16 +31,14 @@ LIGHT_DEPENDENCIES = (
     "fsspec",
     "setuptools",
     "numpy>=2.0,<2.5",
-    "numba<0.69",
     "numba-cuda>=0.30.4,<0.31",
-    "ninja",
     "rich",
 )
 
-# Loads the wheel's library, runs the op's fake, is refused by the op, and runs the specification.
+# Loads the wheel's library, runs the op's fake, is refused by the op, runs the specification, and replays the small goldens.
 PROBE = """
-import json, torch, mlpdown
-from mlpdown import native_backend
+import json, numba, torch, mlpdown
+from mlpdown import check, native_backend
 from mlpdown.jit import library
 info = library.load()
 native_backend.load()
@@ -54,25 +53,34 @@ try:
 except RuntimeError as error:
     refused = str(error).splitlines()[0]
 out = mlpdown.run(*tensors("cpu"), backend="numba")
-print(json.dumps({"torch": torch.__version__, "origin": info.origin, "meta_shape": shape, "refused": refused, "out": out.tolist()}))
+trials, broken = check.recorded_trials(largest=1 << 21)
+replayed = 0
+for trial in trials:
+    broken += check.run_trial(trial, ["numba"])[1]
+    replayed += 1
+said = {"torch": torch.__version__, "numba": numba.__version__, "origin": info.origin, "meta_shape": shape, "refused": refused}
+print(json.dumps({**said, "out": out.tolist(), "replayed": replayed, "broken": broken}))
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A torch under a Python."""
+    """A torch and a numba under a Python."""
 
     torch: str
     python: str
+    numba: str = "0.68.1"
 
 
-# Every supported torch and every supported Python, each at least once.
+# Every supported torch and every supported Python, each at least once; what vLLM 0.33 and SGLang 0.5.23 pin.
 CASES = (
     Case("2.13.0", "3.11"),
     Case("2.10.0", "3.10"),
     Case("2.11.0", "3.12"),
     Case("2.12.0", "3.11"),
     Case("2.15.0", "3.13"),
+    Case("2.14.0", "3.12", "0.65.0"),
+    Case("2.14.1", "3.11", "0.65.1"),
 )
 
 
@@ -80,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "build" / "compat")
     parser.add_argument("--wheel", type=Path, help="the wheel to try (default: build one)")
-    parser.add_argument("--case", action="append", metavar="TORCH:PYTHON", help="e.g. 2.10.0:3.10 (default: all)")
+    parser.add_argument("--case", action="append", metavar="TORCH:PYTHON[:NUMBA]", help="e.g. 2.10.0:3.10 (default: all)")
     arguments = parser.parse_args()
     cases = [Case(*text.split(":")) for text in arguments.case] if arguments.case else CASES
     output_folder = arguments.output_dir.resolve()
@@ -90,7 +98,7 @@ def main() -> int:
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="mlpdown-compat-") as folder:
             result = try_case(case, wheel, Path(folder))
-        print(f"torch {case.torch}, Python {case.python}: {result['outcome']}", flush=True)
+        print(f"torch {case.torch}, Python {case.python}, numba {case.numba}: {result['outcome']}", flush=True)
         results.append({**dataclasses.asdict(case), **result})
     (output_folder / "results.json").write_text(json.dumps({"wheel": wheel.name, "results": results}, indent=1) + "\n")
     (output_folder / "results.md").write_text(_table(wheel, results))
@@ -106,7 +114,7 @@ def try_case(case: Case, wheel: Path, folder: Path) -> dict[str, str]:
     python = folder / "environment" / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-cache-dir"]
     # One at a time, so that nothing draws in another torch, or NVIDIA's libraries.
-    for what in (["--no-deps", f"torch=={case.torch}"], LIGHT_DEPENDENCIES, ["--no-deps", str(wheel)]):
+    for what in (["--no-deps", f"torch=={case.torch}"], [*LIGHT_DEPENDENCIES, f"numba=={case.numba}"], ["--no-deps", str(wheel)]):
         process = subprocess.run([*pip, *what], capture_output=True, text=True, check=False)
         if process.returncode != 0:
             errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
@@ -131,6 +139,9 @@ def try_case(case: Case, wheel: Path, folder: Path) -> dict[str, str]:
         and said["meta_shape"] == [1, 32]
         and "weight must be on a CUDA device" in (said["refused"] or "")
         and said["out"] == [[67.0] * 32]
+        and said["numba"] == case.numba
+        and said["replayed"] > 0
+        and not said["broken"]
     )
     return {"outcome": "works" if right else f"failed: {said}", "build": f"{said['torch']}, {build}"}
 
@@ -209,10 +220,10 @@ def _build_wheel(output_folder: Path) -> Path:
 
 def _table(wheel: Path, results: list[dict[str, str]]) -> str:
     rows = [
-        f"| {result['torch']} | {result['python']} | {result['outcome']} | {result['build']} |" for result in results
+        f"| {result['torch']} | {result['python']} | {result['numba']} | {result['outcome']} | {result['build']} |" for result in results
     ]
     return "\n".join(
-        [f"`{wheel.name}`", "", "| torch | Python | outcome | build of torch |", "|---|---|---|---|", *rows, ""]
+        [f"`{wheel.name}`", "", "| torch | Python | numba | outcome | build of torch |", "|---|---|---|---|---|", *rows, ""]
     )
 
 

@@ -41,3 +41,10 @@ def device(text: str) -> torch.device:
         if int(match[1] or 0) >= torch.cuda.device_count():
             raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} GPUs, counted from 0, got {text}")
     return torch.device(text)
+
+
+def natural_number(text: str) -> int:
+    """A whole number that is not negative."""
+    if re.fullmatch(r"[0-9]{1,18}", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text}")
+    return int(text)

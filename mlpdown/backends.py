@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 
-from . import native_backend
-from .jit import BuildError
+from . import native_backend, numba_backend, torch_backend
+from .numba_refusal import numba_refusal
 
 BACKENDS = ("native", "numba", "torch")
 
@@ -37,22 +37,23 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-def native_refusal_here(device_index: int | None = None) -> Exception | None:
-    """Why ``native`` cannot run on a CUDA device (the current one) of this machine; None if it can."""
-    if torch.version.cuda is None:
-        return RuntimeError("backend 'native' needs a torch built with CUDA, this one is " + torch.__version__)
-    if not torch.cuda.is_available():
-        return RuntimeError(
-            "backend 'native' needs a CUDA GPU, torch finds none (no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it)"
-        )
-    refusal = native_backend.refusal_of_device(torch.cuda.current_device() if device_index is None else device_index)
-    if refusal is not None:
-        return refusal
-    try:
-        native_backend.load()
-    except BuildError as error:
-        return error
-    return None
+def check_name(backend: object) -> None:
+    """Raise ValueError unless ``backend`` is ``"auto"`` or the name of one."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
+
+
+def other_than_native(backend: str) -> ModuleType:
+    """The module of a backend that always answers: ``numba``, or ``torch``, which is what ``auto`` falls back to."""
+    check_name(backend)
+    return numba_backend if backend == "numba" else torch_backend
+
+
+def fall_back(reason: Exception) -> str:
+    """The backend that ``auto`` takes after ``native``. Logs why: a call that never suits as information, a refusal as a warning."""
+    level = logging.INFO if isinstance(reason, native_backend.PassedOver) else logging.WARNING
+    say_once(f"mlpdown takes backend 'torch': {reason}", level=level)
+    return "torch"
 
 
 def say_once(message: str, *, level: int = logging.WARNING) -> None:
@@ -66,7 +67,7 @@ def say_once(message: str, *, level: int = logging.WARNING) -> None:
 
 
 def _native_status() -> BackendStatus:
-    refusal = native_refusal_here()
+    refusal = native_backend.refusal_here()
     if refusal is not None:
         return BackendStatus(False, str(refusal))
     device = native_backend.device_properties(torch.cuda.current_device())
@@ -74,7 +75,9 @@ def _native_status() -> BackendStatus:
 
 
 def _numba_status() -> BackendStatus:
-    for package in ("numba", "numba_cuda"):
-        if importlib.util.find_spec(package) is None:
-            return BackendStatus(False, f"the package {package.replace('_', '-')} is not installed")
-    return BackendStatus(True, "the specification, on CPU tensors and on CUDA tensors")
+    refusal = numba_refusal("cpu")
+    if refusal is not None:
+        return BackendStatus(False, refusal)
+    on_gpu = numba_refusal("cuda") if torch.cuda.is_available() else None
+    on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
+    return BackendStatus(True, f"the specification, on CPU tensors{on_cuda}")

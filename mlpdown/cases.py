@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-KINDS = ("ordinary", "cancelling", "special")
+KINDS = ("ordinary", "cancelling", "special", "subnormal")
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Float32Array = npt.NDArray[np.float32]
@@ -79,7 +79,8 @@ def make_case(
         dtype: ``"float16"`` or ``"bfloat16"``.
         kind: ``"ordinary"``: bell-shaped values of the sizes that a model has. ``"cancelling"``: large terms in pairs that cancel, small
             ones that remain, no residuals, so that the bits of the result hang on the order of summation. ``"special"``: rows that take
-            turns in signed zeros, overflow, subnormal results, infinities and NaNs.
+            turns in signed zeros, overflow, subnormal results, infinities and NaNs. ``"subnormal"``: weights, bias and residuals are
+            subnormal, so that a machine that flushes such numbers to zero gives zero everywhere.
         seed: any integer in [0, 2**32).
         num_tokens: tokens of the call.
 
@@ -106,7 +107,20 @@ def make_case(
         weight=_bell(seed, "weight", (hidden_dim, intermediate_dim), -5, dtype),
         bias=_bell(seed, "bias", (hidden_dim,), -3, dtype),
     )
-    return _make_special(case) if kind == "special" else case
+    changes = {"ordinary": lambda case: case, "special": _make_special, "subnormal": _make_subnormal}
+    return changes[kind](case)
+
+
+def to_float64(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """float32 or float64 values in float64, exactly, even where this thread takes subnormal float32 numbers for zero."""
+    wide = values.astype(np.float64)
+    if values.dtype == np.float32:
+        bits = values.view(np.uint32)
+        places = bits & np.uint32(0x7F800000) == 0
+        subnormal = bits[places]
+        magnitudes = np.ldexp((subnormal & np.uint32(0x7FFFFF)).astype(np.float64), -149)
+        wide[places] = np.where(subnormal >> np.uint32(31), -magnitudes, magnitudes)
+    return wide
 
 
 def round_to(values: Float32Array, dtype: str) -> Float32Array:
@@ -144,12 +158,30 @@ def _make_special(case: Case) -> Case:
     case.weight[row == 0] = -0.0
     huge, tiny = (18, -19) if case.dtype == "float16" else (130, -124)  # sums beyond the largest number, and subnormal
     case.weight[row == 1] = np.ldexp(case.weight[row == 1], huge)
-    case.weight[row == 2] = round_to(np.ldexp(case.weight[row == 2], tiny), case.dtype)
+    case.weight[row == 2] = _scaled(case.weight[row == 2], tiny, case.dtype)
     case.weight[row == 3, 0] = np.inf
     case.weight[row == 4, 0], case.weight[row == 4, last] = np.inf, -np.inf
     case.weight[row == 5, last] = np.nan
     case.hidden_states[:, row == 6] = -np.inf
     return case
+
+
+def _make_subnormal(case: Case) -> Case:
+    """The ordinary case with everything but the activation scaled down, each tensor to just below the smallest normal number."""
+    lowest = -12 if case.dtype == "float16" else -124  # what brings numbers below 1/4 below it
+    tensors = {"hidden_states": -5, "attn_output": -3, "bias": -2, "weight": 0}
+    scaled = {name: _scaled(getattr(case, name), lowest + shift, case.dtype) for name, shift in tensors.items()}
+    return dataclasses.replace(case, **scaled)  # type: ignore[arg-type]
+
+
+def _scaled(values: Float32Array, exponent: int, dtype: str) -> Float32Array:
+    """``values * 2**exponent`` rounded to nearest even in ``dtype``, where that is subnormal. In float64 and integers alone: whether
+    float32's subnormals are flushed to zero in this thread makes no difference."""
+    if dtype == "float16":  # whose subnormals are normal numbers in float32
+        return round_to(np.ldexp(values, exponent), dtype)
+    multiples = np.rint(np.ldexp(values.astype(np.float64), exponent + 133))  # of the smallest bfloat16
+    magnitudes = np.abs(multiples).astype(np.uint32) << np.uint32(16)
+    return (magnitudes | np.signbit(values).astype(np.uint32) << np.uint32(31)).view(np.float32)
 
 
 def _after_gelu(values: Float32Array, dtype: str) -> Float32Array:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,35 @@ from typing import Any
 from .jit import BuildError
 from .plan import MINIMUM_COMPUTE_CAPABILITY
 
-PACKAGES = ("mlpdown", "torch", "numpy", "numba", "numba-cuda", "ninja", "transformers", "safetensors")
-# All that mlpdown reads, and what it looks at because everybody does.
+PACKAGES = ("mlpdown", "torch", "numpy", "numba", "numba-cuda", "transformers", "safetensors")
+# All that mlpdown reads, and what it looks at, or leaves out, because everybody sets it.
 VARIABLES = ("MLPDOWN_CACHE_DIR", "MLPDOWN_NVCC", "MLPDOWN_LOG")
 CUSTOMARY_VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES")
 PYTHIA_SHAPE = (2560, 10240)
-_SELF_TEST_SHAPE = (96, 512)
-# What a probe of a broken machine may raise; it then says so instead of its finding.
-_PROBE_ERRORS = (RuntimeError, OSError, ImportError, ValueError, AssertionError)
+# Goldens with at most so many weights are replayed; of larger ones only mlpdown check has the time.
+SELF_TEST_WEIGHTS = 1 << 21
 
 Findings = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mlpdown doctor``."""
     parser.add_argument("--json", action="store_true", help="print everything as JSON, for a bug report")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the report. Exit status 1 if something is broken; a machine without a GPU or a compiler is not broken."""
+    """Print the report. Returns 1 if a promise is broken here, 2 if something else is; a machine without a GPU or a compiler is not
+    broken."""
     findings = examine()
     if arguments.json:
         print(json.dumps(findings, indent=1))
     else:
         _print(findings)
-    return 1 if findings["problems"] else 0
+    return 1 if findings["broken_promises"] else 2 if findings["problems"] else 0
 
 
 def examine() -> Findings:
-    """Everything, as plain values: one section a key, and ``problems``, a list of what to mend."""
+    """Everything, as plain values: a headline, one section a key, ``broken_promises``, and ``problems``: what to mend."""
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,
         "driver": _driver,
@@ -57,15 +57,17 @@ def examine() -> Findings:
         "plan": _plan,
         "self_test": _self_test,
     }
-    findings: Findings = {}
+    findings: Findings = {"headline": ""}
     problems: list[str] = []
     for name, probe in sections.items():
         try:
             findings[name] = probe()
-        except _PROBE_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 (of a broken machine; it is a finding)
             findings[name] = {"error": f"{type(error).__name__}: {error}"}
             problems.append(f"{name}: {error}")
-    findings["problems"] = problems + _problems(findings)
+    findings["broken_promises"] = findings["self_test"].get("broken", [])
+    findings["problems"] = problems + _problems(findings) + findings["broken_promises"]
+    findings["headline"] = _headline(findings)
     return findings
 
 
@@ -85,105 +87,73 @@ def _versions() -> Findings:
 
 
 def _driver() -> Findings:
-    from .jit import driver
+    from .jit import toolchain
 
-    supported = driver.supported_cuda()
-    try:
-        match = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        match = None
-    return {
-        "version": match[1] if match else None,
-        "supports_cuda": None if supported is None else ".".join(map(str, supported)),
-    }
+    supported = toolchain.supported_cuda()
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Kernel Module\D*([\d.]+)", file.read_text()) if file.is_file() else None
+    return {"version": match and match[1], "supports_cuda": supported and ".".join(map(str, supported))}
 
 
 def _gpus() -> list[Findings]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     from .native_backend import device_properties
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        device = device_properties(index)
-        gpus.append(
-            {
-                "index": index,
-                "name": device.name,
-                "compute_capability": ".".join(map(str, device.compute_capability)),
-                "num_sms": device.num_sms,
-                "shared_memory_per_block": device.shared_memory_per_block,
-            }
-        )
-    return gpus
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [dataclasses.asdict(device_properties(index)) for index in range(count)]
+    return [{**device, "compute_capability": ".".join(map(str, device["compute_capability"]))} for device in devices]
 
 
 def _compilers() -> Findings:
     from .jit import toolchain
 
-    found = [
-        {
-            "nvcc": str(candidate.path),
-            "origin": candidate.origin,
-            "version": candidate.build,
-            "refusal": candidate.refusal,
-        }
-        for candidate in toolchain.candidates()
-    ]
+    findings: Findings = {
+        kind: [{**dataclasses.asdict(compiler), "path": str(compiler.path)} for compiler in found]
+        for kind, found in (("nvcc", toolchain.nvcc_compilers()), ("host", toolchain.host_compilers()))
+    }
     try:
-        path, version = toolchain.find_host_compiler()
-        host: Findings = {"path": str(path), "version": version}
+        tools = toolchain.find_toolchain()
     except BuildError as error:
-        host = {"path": None, "refusal": str(error)}
-    return {"nvcc": found, "host": host}
+        return {**findings, "taken": None, "refusal": str(error)}
+    return {**findings, "taken": f"{tools.nvcc} with {tools.host_compiler}"}
 
 
 def _cache() -> Findings:
     from .jit import cache
     from .jit.sources import package_sources
 
-    folder = cache.cache_folder()
-    findings: Findings = {"folder": str(folder), "exists": folder.is_dir(), "entries": [], "refusal": None}
     try:
+        folder = cache.cache_folder()
         entries = cache.entries(folder)
     except BuildError as error:
-        findings["refusal"] = str(error)
-        return findings
+        return {"folder": None, "refusal": str(error), "entries": []}
     source_hash = package_sources().source_hash
-    for entry in entries:
-        findings["entries"].append(
-            {
-                "key": entry.folder.name,
-                "targets": list(entry.manifest.targets),
-                "compiler": entry.manifest.compiler,
-                "of_these_sources": entry.manifest.source_hash == source_hash,
-                "broken": cache.verify(entry),
-            }
-        )
-    return findings
+    found = [
+        {
+            "key": entry.path.parent.name,
+            "targets": list(entry.manifest.targets),
+            "compiler": entry.manifest.compiler,
+            "of_these_sources": entry.manifest.source_hash == source_hash,
+            "broken": cache.verify(entry),
+        }
+        for entry in entries
+    ]
+    return {"folder": str(folder), "entries": found}
 
 
 def _library() -> Findings:
     from .jit import library
-    from .jit.sources import package_sources
 
     try:
         found, refusals = library.find()
     except BuildError as error:
         found, refusals = None, [str(error)]
-    findings: Findings = {"source_hash": package_sources().source_hash, "passed_over": refusals}
-    if found is None:
-        return {**findings, "origin": None, "path": None}
-    return {
-        **findings,
-        "origin": found.origin,
-        "path": str(found.path),
-        "bytes": found.path.stat().st_size,
-        "targets": list(found.manifest.targets),
-        "cuda": ".".join(map(str, found.manifest.cuda_version)),
-    }
+    findings: Findings = {"origin": found and found.origin, "path": found and str(found.path), "passed_over": refusals}
+    if found is not None:
+        manifest = found.manifest
+        findings |= {"targets": list(manifest.targets), "compiler": manifest.compiler, "source_hash": manifest.source_hash}
+    return findings
 
 
 def _backends() -> Findings:
@@ -195,129 +165,89 @@ def _backends() -> Findings:
 
 
 def _environment() -> Findings:
-    return {name: os.environ.get(name) for name in (*VARIABLES, *CUSTOMARY_VARIABLES)}
+    from .jit.toolchain import HOST_VARIABLES, IGNORED_VARIABLES
+
+    values = {name: os.environ.get(name) for name in (*VARIABLES, *CUSTOMARY_VARIABLES, *HOST_VARIABLES)}
+    ignored = {name: f"{os.environ[name]} (not used: it could change bits)" for name in IGNORED_VARIABLES if name in os.environ}
+    return values | ignored
 
 
-def _plan() -> list[Findings]:
+def _plan() -> Findings:
+    """The plan of this machine's GPU at Pythia-2.8B's size; without a GPU there is none."""
     import torch
 
-    from . import plan
-    from .native_backend import MINIMUM_COMPUTE_CAPABILITY, device_properties
+    from .heuristics import choose_plan
+    from .native_backend import device_properties
 
-    devices = [plan.H200, plan.RTX_5090]
-    if torch.cuda.is_available():
-        present = device_properties(torch.cuda.current_device())
-        devices = [present] if present.compute_capability >= MINIMUM_COMPUTE_CAPABILITY else []
-    return [
-        {
-            "hidden_dim": PYTHIA_SHAPE[0],
-            "intermediate_dim": PYTHIA_SHAPE[1],
-            "device": device.name,
-            **dataclasses.asdict(plan.choose_plan(*PYTHIA_SHAPE, device)),
-        }
-        for device in devices
-    ]
+    device = device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    if device is None or device.compute_capability < MINIMUM_COMPUTE_CAPABILITY:
+        return {}
+    chosen = dataclasses.asdict(choose_plan(*PYTHIA_SHAPE, device))
+    return {"hidden_dim": PYTHIA_SHAPE[0], "intermediate_dim": PYTHIA_SHAPE[1], **chosen}
 
 
-def _self_test() -> list[Findings]:
-    """The op at a small size through every backend that can run here, against the specification on the CPU and against float64."""
-    import torch
-
-    from . import ops
+def _self_test() -> Findings:
+    """The small goldens through every backend that promises their bits and can run here: what was compared, and what is broken."""
+    from . import check
     from .backends import backends
 
-    hidden_dim, intermediate_dim = _SELF_TEST_SHAPE
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, hidden_dim), (1, hidden_dim), (1, intermediate_dim), (hidden_dim, intermediate_dim), (hidden_dim,))
-    tensors = [torch.randn(shape, generator=generator).half() for shape in shapes]
-    expected = ops.run(*tensors, backend="numba")
-    hidden_states, attn_output, mlp_intermediate, weight, bias = (tensor.double() for tensor in tensors)
-    exact = hidden_states + attn_output + mlp_intermediate @ weight.T + bias
-    magnitudes = hidden_states.abs() + attn_output.abs() + mlp_intermediate.abs() @ weight.abs().T + bias.abs()
-    # One rounding to float16 (half an ULP, at most 2**-11 of the value or half the smallest subnormal) and intermediate_dim + 3 float32
-    # additions, in any order.
-    summation = magnitudes * (intermediate_dim + 3) * 2.0**-24
-    bound = summation + ((exact.abs() + summation) * 2.0**-11).clamp_min(2.0**-25)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = []
-    for name, state in backends().items():
-        if not state.available:
-            continue
-        out = ops.run(*(tensor.to(device) for tensor in tensors), backend=name).cpu()
-        wrong_bits = int((out.view(torch.int16) != expected.view(torch.int16)).sum())
-        promised = name != "torch"  # which rounds more than once
-        outside = int(((out.double() - exact).abs() > bound).sum()) if promised else None
-        results.append(
-            {
-                "backend": name,
-                "device": device,
-                "elements": hidden_dim,
-                "promises_bits": promised,
-                "wrong_bits": wrong_bits,
-                "outside_bound": outside,
-            }
-        )
-    return results
+    trials, broken = check.recorded_trials(largest=SELF_TEST_WEIGHTS)
+    available = [name for name, state in backends().items() if state.available and name in check.PROMISE_BITS]
+    results: list[check.Result] = []
+    for trial in trials:
+        found, complaints = check.run_trial(trial, available)
+        results += found
+        broken += complaints
+    return {"compared": check.comparisons(results) if results else [], "broken": broken}
 
 
 def _problems(findings: Findings) -> list[str]:
     """What is to be mended, each with its remedy. A section that could not be examined has been counted already."""
     problems = []
-    backends, gpus = findings["backends"], findings["gpus"]
+    backends, gpus, self_test = findings["backends"], findings["gpus"], findings["self_test"]
     if isinstance(gpus, list) and "error" not in backends:
         able = [gpu for gpu in gpus if tuple(map(int, gpu["compute_capability"].split("."))) >= MINIMUM_COMPUTE_CAPABILITY]
         if able and not backends["native"]["available"]:
             problems.append(f"{able[0]['name']} could run the native backend, but: {backends['native']['reason']}")
         if not able and findings["driver"].get("version") and findings["versions"].get("torch_cuda") is None:
-            problems.append(
-                "there is an NVIDIA driver, but this torch is built without CUDA: install a CUDA build of torch"
-            )
+            problems.append("there is an NVIDIA driver, but this torch is built without CUDA: install a CUDA build of torch")
+    if "error" not in backends and not backends["numba"]["available"]:
+        problems.append(f"the specification cannot run here: {backends['numba']['reason']}")
+    if not self_test.get("compared") and "error" not in self_test:
+        problems.append("no recorded result was replayed: nothing here shows that the bits are right")
     if findings["cache"].get("refusal"):
         problems.append(findings["cache"]["refusal"])
     for entry in findings["cache"].get("entries", []):
         if entry["broken"]:
             problems.append(f"{entry['broken']}; the next build replaces it")
-    for result in findings["self_test"] if isinstance(findings["self_test"], list) else []:
-        where = f"backend {result['backend']} on {result['device']}"
-        if result["promises_bits"] and result["wrong_bits"]:
-            problems.append(f"{where}: {result['wrong_bits']} of {result['elements']} outputs have wrong bits")
-        if result["outside_bound"]:
-            problems.append(
-                f"{where}: {result['outside_bound']} of {result['elements']} outputs are too far from the float64 result"
-            )
     return problems
 
 
-def _print(findings: Findings) -> None:
-    from rich.console import Console
+def _headline(findings: Findings) -> str:
+    backends, gpus = findings["backends"], findings["gpus"]
+    if "error" in backends or not isinstance(gpus, list):
+        return "What can run here cannot be found out: see the problems."
+    if backends["native"]["available"]:
+        return f"The native kernel runs here, on {gpus[0]['name']}: auto takes it."
+    exact = "numba gives the exact bits, slowly" if backends["numba"]["available"] else "nothing gives the exact bits"
+    return f"The native kernel does not run here: auto takes PyTorch; {exact}. {backends['native']['reason']}"
 
-    console = Console(highlight=False, soft_wrap=True)
-    for section, values in findings.items():
-        if section == "problems":
-            continue
-        console.print(f"[bold]{section.replace('_', ' ')}[/bold]")
-        for line in _lines(values) or ["none"]:
-            console.print(f"  {line}", markup=False)
+
+def _print(findings: Findings) -> None:
     problems = findings["problems"]
-    console.print("[bold]problems[/bold]" if problems else "[bold]no problems[/bold]")
-    for problem in problems:
-        console.print(f"  {problem}", markup=False)
-    sys.stdout.flush()
+    print(findings["headline"])
+    for section, values in findings.items():
+        if section not in ("headline", "problems", "broken_promises") and values not in ({}, []):
+            print("", section.replace("_", " "), *(f"  {line}" for line in _lines(values)), sep="\n")
+    print("", "problems" if problems else "no problems", *(f"  {problem}" for problem in problems), sep="\n")
 
 
 def _lines(values: Any) -> list[str]:
-    """A section as lines of ``name: value``; nested values on one line each."""
-    if isinstance(values, dict):
-        lines: list[str] = []
-        for name, value in values.items():
-            if isinstance(value, list) and value:
-                lines.extend(f"{name}: {_one_line(item)}" for item in value)
-            else:
-                lines.append(f"{name}: {_one_line(value)}")
-        return lines
+    """A section as lines of ``name: value``; each item of a list on a line of its own."""
     if isinstance(values, list):
         return [_one_line(value) for value in values]
-    return [str(values)]
+    lists = {name: value if isinstance(value, list) and value else [value] for name, value in values.items()}
+    return [f"{name}: {_one_line(item)}" for name, items in lists.items() for item in items]
 
 
 def _one_line(value: Any) -> str:
@@ -325,4 +255,4 @@ def _one_line(value: Any) -> str:
         return ", ".join(f"{name} {_one_line(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
 import torch
+
+from . import validate
+from .numba_refusal import numba_refusal
 
 
 def run(
@@ -16,79 +16,80 @@ def run(
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As :func:`mlpdown.run`, with arguments that have been checked."""
+    """As :func:`mlpdown.run`."""
+    validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+    validate.check_no_grad("numba", hidden_states, attn_output, mlp_intermediate, weight, bias, out)
+    _check_here(hidden_states, attn_output, mlp_intermediate, weight, bias)
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
     if result.numel() == 0:
         return result
-    rows = result.view(-1, weight.shape[0])
-    tensors = (
-        _rows(hidden_states),
-        None if attn_output is None else _rows(attn_output),
-        _rows(mlp_intermediate),
-        _rows(weight),
-        None if bias is None else bias.detach().float().contiguous(),
-    )
-    dtype = {torch.float16: "float16", torch.bfloat16: "bfloat16"}[weight.dtype]
-    if weight.is_cuda:
-        _launch_on_gpu(*tensors, dtype=dtype, out=rows.view(torch.int16), sums=None)
-    else:
-        from .reference import mlp_down
-
-        bits = mlp_down(*(None if t is None else t.numpy() for t in tensors), dtype=dtype)
-        rows.copy_(torch.from_numpy(bits.view(np.int16)).view(weight.dtype))
+    addends = [_rows(tensor) for tensor in (bias, attn_output, hidden_states) if tensor is not None]
+    _finish(_row_sums(_rows(mlp_intermediate), _rows(weight)), addends, result.view(-1, weight.shape[0]))
     return result
 
 
 def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As :func:`mlpdown.partial_sums`, with arguments that have been checked."""
-    activation, matrix = _rows(mlp_intermediate), _rows(weight)
-    shape = (*mlp_intermediate.shape[:-1], weight.shape[0])
-    if weight.is_cuda:
-        sums = torch.empty((activation.shape[0], weight.shape[0]), dtype=torch.float32, device=weight.device)
-        if sums.numel():
-            _launch_on_gpu(None, None, activation, matrix, None, dtype="float16", out=None, sums=sums)
-    else:
-        from .reference import partial_sums as reference_partial_sums
+    """As :func:`mlpdown.partial_sums`."""
+    validate.check_product(mlp_intermediate, weight)
+    validate.check_no_grad("numba", mlp_intermediate, weight)
+    _check_here(mlp_intermediate, weight)
+    return _row_sums(_rows(mlp_intermediate), _rows(weight)).view(*mlp_intermediate.shape[:-1], weight.shape[0])
 
-        sums = torch.from_numpy(reference_partial_sums(activation.numpy(), matrix.numpy()))
-    return sums.view(shape)
+
+def _check_here(*tensors: torch.Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"every tensor must be on a CPU or a CUDA device for backend 'numba', got {tensor.device}")
+        if validate.overrides_torch(tensor):
+            raise TypeError(
+                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a "
+                "__torch_function__ of its own"
+            )
+    refusal = numba_refusal(tensors[0].device.type)  # type: ignore[union-attr]
+    if refusal is not None:
+        raise RuntimeError(f"backend 'numba' cannot run here. {refusal}")
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``[tokens, size]`` in float32, which Numba takes from torch as bfloat16 it does not."""
     return tensor.detach().reshape(-1, tensor.shape[-1]).float().contiguous()
 
 
-def _launch_on_gpu(hidden_states, attn_output, mlp_intermediate, weight, bias, *, dtype, out, sums) -> None:
-    """Enqueue the specification's kernel on torch's current stream of the tensors' device."""
+def _row_sums(activation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from .reference import row_sums
+
+    sums = torch.empty((activation.shape[0], weight.shape[0]), dtype=torch.float32, device=weight.device)
+    if sums.numel():
+        _call(row_sums, activation, weight, sums)
+    return sums
+
+
+def _finish(sums: torch.Tensor, addends: list[torch.Tensor], out: torch.Tensor) -> None:
+    from .reference import finish
+    from .reference.order import DTYPES
+
+    bits = out.view(torch.int16) if out.is_cuda else torch.empty(out.shape, dtype=torch.int16)
+    _call(finish, sums, addends, DTYPES[str(out.dtype).removeprefix("torch.")], bits)
+    if bits.data_ptr() != out.data_ptr():
+        out.copy_(bits.view(out.dtype))
+
+
+def _call(step, first: torch.Tensor, *arguments) -> None:
+    """A step of the specification on the device of its tensors; on a GPU, on torch's current stream."""
+
+    def convert(value):
+        if isinstance(value, list):
+            return [convert(element) for element in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        return cuda.as_cuda_array(value, sync=False) if value.is_cuda else value.numpy()
+
+    if not first.is_cuda:
+        step.on_cpu(*map(convert, (first, *arguments)))
+        return
     from numba import cuda
 
-    from .reference import kernel
-    from .reference.order import DTYPES, vectors_per_segment
-
-    device = weight.device
+    device = first.device
     with torch.cuda.device(device), cuda.gpus[device.index]:
-        absent = functools.partial(torch.empty, device=device)
-        arrays = [
-            absent((0, 0)) if hidden_states is None else hidden_states,
-            absent((0, 0)) if attn_output is None else attn_output,
-            mlp_intermediate,
-            weight,
-            absent(0) if bias is None else bias,
-            absent((0, 0)) if sums is None else sums,
-            absent((0, 0), dtype=torch.int16) if out is None else out,
-        ]
-        views = [cuda.as_cuda_array(tensor, sync=False) for tensor in arrays]
-        kernel.launch(
-            views[0],
-            views[1],
-            attn_output is not None,
-            views[2],
-            views[3],
-            views[4],
-            bias is not None,
-            DTYPES[dtype],
-            vectors_per_segment(weight.shape[1]),
-            views[5],
-            views[6],
-            stream=cuda.external_stream(torch.cuda.current_stream(device).cuda_stream),
-        )
+        stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
+        step.on_cuda(*map(convert, (first, *arguments)), stream=stream)

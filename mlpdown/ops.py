@@ -1,20 +1,12 @@
-"""The op: validates, picks a backend, dispatches. Nothing is computed here."""
+"""The op: picks a backend, and calls it. Nothing is computed or checked here: every backend checks what it is given."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from typing import TYPE_CHECKING
-
 import torch
-from torch.compiler import is_compiling
 
-from . import native_backend, torch_backend, validate
-from .backends import BACKENDS, native_refusal_here, say_once
+from . import native_backend, validate
+from .backends import fall_back, other_than_native
 from .plan import Plan
-
-if TYPE_CHECKING:
-    import torch.distributed
 
 
 def run(
@@ -28,7 +20,6 @@ def run(
     out: torch.Tensor | None = None,
     plan: Plan | None = None,
     weight_prefetch: bool = False,
-    group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """``hidden_states + attn_output + weight @ mlp_intermediate + bias``: the tail of a decoder layer.
 
@@ -48,8 +39,6 @@ def run(
         plan: how the native kernel is to run; by default chosen from the shape and the device. Never changes a bit.
         weight_prefetch: lets the native kernel read the weight before the kernels ahead of it in the stream have finished. Only for
             weights that none of those still writes: the caller promises that every write to the weight has completed.
-        group: a process group over which the reduction axis is split (row parallel); ``weight`` and ``mlp_intermediate`` are this
-            rank's slices. See :func:`mlpdown.parallel.run_row_parallel`.
 
     Returns:
         A tensor of the shape of ``hidden_states`` (``out`` if that was given). On the current stream; nothing is synchronised.
@@ -58,65 +47,17 @@ def run(
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
         RuntimeError: the named backend cannot run on this machine, or CUDA reported an error.
     """
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
-    if group is not None:
-        from .parallel import run_row_parallel
-
-        validate.check_no_grad(backend, hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-        if out is not None:
-            validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-        result = run_row_parallel(
-            hidden_states,
-            attn_output,
-            mlp_intermediate,
-            weight,
-            bias,
-            group=group,
-            backend=backend,
-            plan=plan,
-            weight_prefetch=weight_prefetch,
+    validate.check_plan_type(plan)
+    if backend == "native" or backend == "auto":
+        result = native_backend.run(
+            hidden_states, attn_output, mlp_intermediate, weight, bias, out, plan, weight_prefetch, backend == "auto"
         )
-        return result if out is None else out.copy_(result)
-
-    tensors = (hidden_states, attn_output, mlp_intermediate, weight, bias)
-    if backend == "native" or (backend == "auto" and _prefers_native(tensors)):
-        if is_compiling() or not native_backend.is_loaded():
-            # Nothing is compiled for a call that cannot be.
-            if backend == "native":
-                validate.check_no_grad(backend, *tensors, out)
-            refusal = _refusal(tensors, out)
-            if refusal is None:
-                return native_backend.run(*tensors, out, plan, weight_prefetch)
-        else:
-            # The op checks its arguments faster than Python can. Only when it refuses are they looked at here, for the words. They are
-            # handed on one by one, since Python takes its time over `*tensors`.
-            try:
-                if backend == "native" and torch.is_grad_enabled():
-                    validate.check_none_requires_grad(
-                        backend, hidden_states, attn_output, mlp_intermediate, weight, bias, out
-                    )
-                return native_backend.run_eagerly(
-                    hidden_states, attn_output, mlp_intermediate, weight, bias, out, plan, weight_prefetch
-                )
-            except Exception:
-                refusal = _refusal(tensors, out)
-                if refusal is None:
-                    raise
+        if not isinstance(result, Exception):
+            return result
         if backend == "native":
-            raise refusal
-        say_once(f"mlpdown takes backend 'torch': {refusal}")
-        return torch_backend.run(*tensors, out)
-
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
-    validate.check_arguments(*tensors, out)
-    if backend == "numba":
-        from . import numba_backend
-
-        validate.check_no_grad(backend, *tensors, out)
-        return numba_backend.run(*tensors, out)
-    return torch_backend.run(*tensors, out)
+            raise result
+        backend = fall_back(result)
+    return other_than_native(backend).run(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
 
 
 def partial_sums(
@@ -140,26 +81,15 @@ def partial_sums(
     Raises:
         As :func:`run`.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
-    validate.check_product(mlp_intermediate, weight)
-    if backend == "native" or (backend == "auto" and _prefers_native((None, None, mlp_intermediate, weight, None))):
+    validate.check_plan_type(plan)
+    if backend == "native" or backend == "auto":
+        result = native_backend.partial_sums(mlp_intermediate, weight, plan, weight_prefetch, backend == "auto")
+        if not isinstance(result, Exception):
+            return result
         if backend == "native":
-            validate.check_no_grad(backend, mlp_intermediate, weight)
-        refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
-        if refusal is None:
-            return native_backend.partial_sums(mlp_intermediate, weight, plan, weight_prefetch)
-        if backend == "native":
-            raise refusal
-        say_once(f"mlpdown takes backend 'torch': {refusal}")
-    if backend == "numba":
-        from . import numba_backend
-
-        validate.check_no_grad(backend, mlp_intermediate, weight)
-        return numba_backend.partial_sums(mlp_intermediate, weight)
-    return torch_backend.partial_sums(mlp_intermediate, weight)
+            raise result
+        backend = fall_back(result)
+    return other_than_native(backend).partial_sums(mlp_intermediate, weight)
 
 
 def pythia_2b8_mlp_only(
@@ -172,76 +102,29 @@ def pythia_2b8_mlp_only(
     """The op at Pythia-2.8B's size, with the argument list of ClusterFusion's kernel of this name.
 
     Args:
-        hidden_states, attn_output: ``[1, 2560]``. mlp_intermediate: ``[1, 10240]``. mlp_down_weight: ``[2560, 10240]``.
-        mlp_down_bias: ``[2560]``. All float16 or all bfloat16.
+        hidden_states, attn_output: ``[..., 2560]``, one token: ``[2560]``, ``[1, 2560]``, ``[1, 1, 2560]``.
+        mlp_intermediate: ``[..., 10240]``, one
+            token. mlp_down_weight: ``[2560, 10240]``. mlp_down_bias: ``[2560]``. All float16 or all bfloat16.
 
     Returns:
-        ``[1, 2560]``, as :func:`run` with ``backend="auto"``.
+        A tensor of the shape of ``hidden_states``, as :func:`run` with ``backend="auto"``.
 
     Raises:
         ValueError: a shape is another one. Otherwise as :func:`run`.
     """
     expected = {
-        "hidden_states": (hidden_states, (1, 2560)),
-        "attn_output": (attn_output, (1, 2560)),
-        "mlp_intermediate": (mlp_intermediate, (1, 10240)),
-        "mlp_down_weight": (mlp_down_weight, (2560, 10240)),
-        "mlp_down_bias": (mlp_down_bias, (2560,)),
+        "hidden_states": (hidden_states, 2560, None),
+        "attn_output": (attn_output, 2560, None),
+        "mlp_intermediate": (mlp_intermediate, 10240, None),
+        "mlp_down_weight": (mlp_down_weight, 10240, (2560, 10240)),
+        "mlp_down_bias": (mlp_down_bias, 2560, (2560,)),
     }
-    for name, (tensor, shape) in expected.items():
+    for name, (tensor, size, shape) in expected.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        if shape is not None and tensor.shape != shape:
+            transposed = " (it looks transposed)" if tuple(tensor.shape) == shape[::-1] else ""
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}{transposed}")
+        if shape is None and (tensor.dim() == 0 or tensor.shape[-1] != size or tensor.numel() != size):
+            raise ValueError(f"{name} must be one token, [..., {size}], got {list(tensor.shape)}")
     return run(hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
-
-
-def _prefers_native(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether ``auto`` should try the native kernel: a GPU that it runs on, one token, nothing to differentiate."""
-    mlp_intermediate, weight = tensors[2], tensors[3]
-    if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor) or weight.dim() != 2:
-        return False  # of no use to any backend; the checks that follow say so
-    passed_over = None
-    if not weight.is_cuda:
-        passed_over = "native needs CUDA tensors"
-    elif mlp_intermediate.numel() != weight.shape[1]:
-        passed_over = "native takes one token a call"
-    elif validate.needs_grad(*tensors):
-        passed_over = "native has no derivative, and grad mode is on"
-    if passed_over is not None:
-        say_once(f"mlpdown takes backend 'torch': {passed_over}", level=logging.INFO)
-        return False
-    refusal = _refusal_of_device(weight.get_device())
-    if refusal is not None:
-        say_once(f"mlpdown takes backend 'torch': {refusal}")
-    return refusal is None
-
-
-def _refusal(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -> Exception | None:
-    """Raise for arguments that no backend takes; return what only the native kernel refuses."""
-    hidden_states, attn_output, mlp_intermediate, weight, bias = tensors
-    validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)  # type: ignore[arg-type]
-    assert (
-        isinstance(hidden_states, torch.Tensor)
-        and isinstance(mlp_intermediate, torch.Tensor)
-        and isinstance(weight, torch.Tensor)
-    )
-    refusal = validate.native_refusal(hidden_states, attn_output, mlp_intermediate, weight, bias)
-    return refusal if refusal is not None else _refusal_of_device(weight.get_device())
-
-
-@functools.cache
-def _cached_refusal_of_device(device_index: int) -> tuple[type[Exception], str] | None:
-    refusal = native_refusal_here(device_index)
-    return None if refusal is None else (type(refusal), str(refusal))
-
-
-def _refusal_of_device(device_index: int) -> Exception | None:
-    # A new exception each time: one that is raised again keeps every caller's frames, and their tensors, alive.
-    cached = _cached_refusal_of_device(device_index)
-    return None if cached is None else cached[0](cached[1])
-
-
-# What torch.compiler.assume_constant_result does, without its import of torch.compile, which takes a second. On a function of ours, not on
-# the cache: torch.compile looks through that, and would trace the loading of the library.
-_refusal_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]

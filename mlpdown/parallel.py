@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-if TYPE_CHECKING:
-    from mlpdown.plan import Plan
+from .ops import partial_sums
+from .reference.order import CANONICAL_NAN
 
-# What every NaN becomes, in float16 and in bfloat16: what CUDA's own conversions give.
-CANONICAL_NAN = 0x7FFF
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 def run_row_parallel(
@@ -71,8 +71,6 @@ def run_row_parallel(
             raise TypeError(f"{name} must have the dtype of weight_shard, {weight_shard.dtype}, got {tensor.dtype}")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    from mlpdown.ops import partial_sums  # not at the top: `mlpdown.run(..., group=)` comes here
-
     total = partial_sums(
         mlp_intermediate_shard, weight_shard, backend=backend, plan=plan, weight_prefetch=weight_prefetch
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import validate
+
 
 def run(
     hidden_states: torch.Tensor,
@@ -14,7 +16,8 @@ def run(
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As :func:`mlpdown.run`, with arguments that have been checked."""
+    """As :func:`mlpdown.run`."""
+    validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
     result = F.linear(mlp_intermediate, weight, bias).reshape(hidden_states.shape)
     if attn_output is not None:
         result = result + attn_output
@@ -24,4 +27,5 @@ def run(
 
 def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """As :func:`mlpdown.partial_sums`. Converts the weight to float32: exact sums are what it is for, not speed."""
+    validate.check_product(mlp_intermediate, weight)
     return F.linear(mlp_intermediate.float(), weight.float())

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from .plan import VECTOR_BYTES, Plan
+from .reference.order import VECTOR_SIZE
 
 DTYPES = (torch.float16, torch.bfloat16)
-VECTOR_SIZE = 8
-ALIGNMENT = 16  # bytes, of what the native kernel's bulk copies read
+ALIGNMENT = VECTOR_BYTES  # of what the native kernel's bulk copies read
+
+
+def check_plan_type(plan: Plan | None) -> None:
+    """Raise TypeError unless ``plan`` is a plan or None."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
 
 
 def check_arguments(
@@ -85,24 +97,50 @@ def check_product(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> None:
 def check_no_grad(backend: str, *tensors: torch.Tensor | None) -> None:
     """Raise ValueError if autograd would have to differentiate through a backend that has no derivative."""
     if torch.is_grad_enabled():
-        check_none_requires_grad(backend, *tensors)
-
-
-def check_none_requires_grad(backend: str, *tensors: torch.Tensor | None) -> None:
-    """What is left of :func:`check_no_grad` where grad mode is known to be on."""
-    for tensor in tensors:  # not any(), whose generator takes as long as the tensors' answers
-        if getattr(tensor, "requires_grad", False):
-            raise ValueError(
-                f"backend {backend!r} has no derivative, and an argument has requires_grad=True while grad mode is on: call under "
-                "torch.no_grad() or torch.inference_mode(), or take backend='torch'"
-            )
+        for tensor in tensors:  # not any(), whose generator takes as long as the tensors' answers
+            if getattr(tensor, "requires_grad", False):
+                raise ValueError(
+                    f"backend {backend!r} has no derivative, and an argument has requires_grad=True while grad mode is on: call under "
+                    "torch.no_grad() or torch.inference_mode(), or take backend='torch'"
+                )
+    if forward_ad_is_on() and any(map(_has_tangent, tensors)):
+        raise ValueError(
+            f"backend {backend!r} has no derivative, and an argument has a tangent (forward-mode AD): take backend='torch'"
+        )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd would record an operation on these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
+    """Whether autograd would record an operation on these tensors, or carry tangents through it."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if getattr(tensor, "requires_grad", False):
+                return True
+    return forward_ad_is_on() and any(map(_has_tangent, tensors))
+
+
+def forward_ad_is_on() -> bool:
+    """Whether tensors may have tangents, which grad mode does not tell."""
+    return forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: torch.Tensor | None) -> bool:
+    return isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def overrides_torch(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of them is of a class that gives torch's functions a meaning of its own: its data alone may not be its value."""
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN_CLASSES:
+            function: Any = type(tensor).__torch_function__
+            if function is torch._C._disabled_torch_function_impl:
+                continue
+            if getattr(function, "__func__", None) is not _PLAIN_FUNCTION:
+                return True
+    return False
+
+
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def native_refusal(
@@ -158,8 +196,10 @@ def _check_last_dim(name: str, tensor: torch.Tensor, axis: str, size: int) -> No
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.is_meta or torch.compiler.is_compiling() or not one.numel() or not other.numel():
+    if torch.compiler.is_compiling() or not one.numel() or not other.numel():
         return False
+    if one.is_meta or isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
+        return one is other  # no memory, no addresses
     # Extents from the first to the last element: exact for contiguous tensors, on the safe side for others.
     begins = [t.data_ptr() for t in (one, other)]
     ends = [

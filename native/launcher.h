@@ -1,7 +1,7 @@
 // C interface to the kernels: no torch, no exceptions. Functions return 0, or nonzero with a message in `error` (of error_size bytes).
 #pragma once
 
-#include <problem.h>
+#include <plan.h>
 #include <stddef.h>
 
 #define MLPDOWN_EXPORT __attribute__((visibility("default")))
@@ -12,18 +12,6 @@ extern "C" {
 
 // Enqueues one call on `stream` (a cudaStream_t) of the current device. Allocates nothing, synchronises nothing.
 MLPDOWN_EXPORT int mlpdown_launch(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, void* stream, char* error, size_t error_size);
-
-// What a plan takes on the current device.
-struct MlpDownResources {
-  int num_clusters;  // of a launch for problem->hidden_dim
-  int max_active_clusters;
-  int shared_memory_bytes;
-  int registers_per_thread;
-  int local_bytes_per_thread;
-  int threads_per_cta;
-};
-MLPDOWN_EXPORT int mlpdown_resources(const struct MlpDownProblem* problem, const struct MlpDownPlan* plan, struct MlpDownResources* resources, char* error,
-                      size_t error_size);
 
 // Shared memory of one CTA of the plan's ring in bytes; 0 if it was not compiled in for this size. Needs no device.
 MLPDOWN_EXPORT unsigned int mlpdown_shared_memory_bytes(unsigned int intermediate_dim, const struct MlpDownPlan* plan);

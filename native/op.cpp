@@ -14,7 +14,6 @@
 #include <dlfcn.h>
 
 #include <cstdint>
-#include <cstring>
 #include <optional>
 
 namespace {
@@ -126,23 +125,17 @@ bool overlap(const Tensor& out, const Tensor& tensor) {
   return out_begin < begin + tensor.numel() * tensor.element_size() && begin < out_begin + out.numel() * out.element_size();
 }
 
-// The plan comes as one number, since torch takes as long over a number as over a tensor: kPlanBits for each member of MlpDownPlan, in the
-// struct's order, the first one lowest. mlpdown/native_backend.py packs it.
-constexpr unsigned int kPlanBits = 6;
-
+// The plan comes as one number (plan.h), since torch takes as long over a number as over a tensor.
 MlpDownPlan unpack_plan(int64_t packed) {
-  constexpr unsigned int kNumMembers = sizeof(MlpDownPlan) / sizeof(unsigned int);
-  static_assert(kNumMembers * kPlanBits < 64, "the plan does not fit a number");
-  STD_TORCH_CHECK(packed >= 0 && packed >> (kNumMembers * kPlanBits) == 0, "plan must be ", kNumMembers, " numbers of ", kPlanBits,
-                  " bits, got ", packed);
-  unsigned int members[kNumMembers];
-  for (unsigned int& member : members) {
-    member = packed & ((1u << kPlanBits) - 1);
-    packed >>= kPlanBits;
-  }
+  STD_TORCH_CHECK(packed >= 0, "plan must not be negative, got ", packed);
   MlpDownPlan plan;
-  static_assert(sizeof plan == sizeof members, "every member of MlpDownPlan has the size of an unsigned int");
-  std::memcpy(&plan, members, sizeof plan);
+  uint64_t rest = static_cast<uint64_t>(packed);
+#define MLPDOWN_UNPACK(name, bits)     \
+  plan.name = rest & ((1u << (bits)) - 1); \
+  rest >>= (bits);
+  MLPDOWN_PLAN_MEMBERS(MLPDOWN_UNPACK)
+#undef MLPDOWN_UNPACK
+  STD_TORCH_CHECK(rest == 0, "plan has bits beyond its members, got ", packed);
   return plan;
 }
 
@@ -167,7 +160,7 @@ void launch(const MlpDownProblem& problem, const MlpDownPlan& plan, int32_t devi
   STD_TORCH_CHECK(mlpdown_launch(&problem, &plan, stream, error, kErrorSize) == 0, error);
 }
 
-Tensor mlp_down_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
+Tensor run_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
                      const OptionalTensor& bias, int64_t plan) {
   const Kind kind = check_weight(weight);
   const int64_t num_tokens = count_tokens(mlp_intermediate);
@@ -178,7 +171,7 @@ Tensor mlp_down_cuda(const Tensor& hidden_states, const OptionalTensor& attn_out
   return out;
 }
 
-void mlp_down_out_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
+void run_out_cuda(const Tensor& hidden_states, const OptionalTensor& attn_output, const Tensor& mlp_intermediate, const Tensor& weight,
                        const OptionalTensor& bias, int64_t plan, const Tensor& out) {
   const Kind kind = check_weight(weight);
   const int64_t num_tokens = count_tokens(mlp_intermediate);
@@ -192,7 +185,7 @@ void mlp_down_out_cuda(const Tensor& hidden_states, const OptionalTensor& attn_o
   if (num_tokens > 0) launch(problem, unpack_plan(plan), kind.device_index);
 }
 
-Tensor partial_sums_cuda(const Tensor& mlp_intermediate, const Tensor& weight, int64_t plan) {
+Tensor row_sums_cuda(const Tensor& mlp_intermediate, const Tensor& weight, int64_t plan) {
   const Kind kind = check_weight(weight);
   MlpDownProblem problem = check_product(mlp_intermediate, weight, kind, 1);
   const int64_t size[] = {problem.hidden_dim};
@@ -207,22 +200,22 @@ Tensor partial_sums_cuda(const Tensor& mlp_intermediate, const Tensor& weight, i
 
 STABLE_TORCH_LIBRARY(mlpdown, library) {
   library.def(
-      "mlp_down(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan) -> Tensor");
+      "run(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan) -> Tensor");
   library.def(
-      "mlp_down.out(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan, *, "
+      "run.out(Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias, int plan, *, "
       "Tensor(a!) out) -> ()");
-  library.def("partial_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor");
+  library.def("row_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlpdown, CUDA, library) {
-  library.impl("mlp_down", TORCH_BOX(&mlp_down_cuda));
-  library.impl("mlp_down.out", TORCH_BOX(&mlp_down_out_cuda));
-  library.impl("partial_sums", TORCH_BOX(&partial_sums_cuda));
+  library.impl("run", TORCH_BOX(&run_cuda));
+  library.impl("run.out", TORCH_BOX(&run_out_cuda));
+  library.impl("row_sums", TORCH_BOX(&row_sums_cuda));
 }
 
 // On CPU tensors the same functions answer that the weight must be on a CUDA device.
 STABLE_TORCH_LIBRARY_IMPL(mlpdown, CPU, library) {
-  library.impl("mlp_down", TORCH_BOX(&mlp_down_cuda));
-  library.impl("mlp_down.out", TORCH_BOX(&mlp_down_out_cuda));
-  library.impl("partial_sums", TORCH_BOX(&partial_sums_cuda));
+  library.impl("run", TORCH_BOX(&run_cuda));
+  library.impl("run.out", TORCH_BOX(&run_out_cuda));
+  library.impl("row_sums", TORCH_BOX(&row_sums_cuda));
 }

@@ -1,6 +1,6 @@
 // Everything the kernel needs from the machine: built-in indices, shared and global memory, barriers, copies, arithmetic with a fixed
-// rounding. The only inline assembly of the project. Each function is named after its instruction (PTX ISA 8.1, sm_90; what the registers
-// kernel uses, sm_80).
+// rounding. The only inline assembly of the project. Each function is one instruction and named after it (PTX ISA 8.1, sm_90; what the
+// registers kernel uses, sm_80).
 //
 // Shared memory is addressed by 32-bit offsets of the shared window, never by C++ pointers, and global memory through the functions
 // below, so that a host implementation of this one header can execute the kernel on a CPU.
@@ -25,7 +25,8 @@ using uint64_t = unsigned long;
 
 namespace ptx {
 
-struct alignas(16) Vector {
+// 16 bytes: what one load takes.
+struct alignas(16) Words {
   uint32_t words[4];
 };
 
@@ -36,6 +37,17 @@ using SharedAddress = uint32_t;
 struct ClusterAddress {
   uint32_t value;
 };
+
+// The same value, which the compiler keeps in a register rather than work it out again at each use. No instruction.
+MLPDOWN_DEVICE uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+MLPDOWN_DEVICE const uint16_t* keep(const uint16_t* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 
 // ---- Indices -------------------------------------------------------------------------------------------------------------------
 
@@ -65,13 +77,19 @@ MLPDOWN_DEVICE SharedAddress dynamic_shared_memory() {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(smem));
 }
 
-MLPDOWN_DEVICE Vector ld_shared(SharedAddress address) {
-  Vector v;
+MLPDOWN_DEVICE Words ld_shared(SharedAddress address) {
+  Words v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
                : "r"(address)
                : "memory");
   return v;
+}
+
+MLPDOWN_DEVICE float ld_shared_float(SharedAddress address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
 }
 
 MLPDOWN_DEVICE void st_shared(SharedAddress address, float value) {
@@ -88,8 +106,8 @@ MLPDOWN_DEVICE uint16_t ld_global(const uint16_t* address) {
 }
 
 // 16 bytes that nobody will read again: kept out of L1.
-MLPDOWN_DEVICE Vector ld_global_vector_no_allocate(const void* address) {
-  Vector v;
+MLPDOWN_DEVICE Words ld_global_vector_no_allocate(const void* address) {
+  Words v;
   asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
                : "l"(address)
@@ -98,8 +116,8 @@ MLPDOWN_DEVICE Vector ld_global_vector_no_allocate(const void* address) {
 }
 
 // 16 bytes that the other CTAs of the SM read too.
-MLPDOWN_DEVICE Vector ld_global_vector(const void* address) {
-  Vector v;
+MLPDOWN_DEVICE Words ld_global_vector(const void* address) {
+  Words v;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
                : "l"(address)
@@ -235,8 +253,20 @@ MLPDOWN_DEVICE void griddepcontrol_launch_dependents() {
 
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------------------
 
-MLPDOWN_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-MLPDOWN_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+// Each operation is one of IEEE 754 in float32, subnormals kept. Inline, since the compiler's options (-ftz, -fmad, -use_fast_math) change its
+// own functions, and not these.
+
+MLPDOWN_DEVICE float fma_rn(float a, float b, float c) {
+  float result;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+}
+
+MLPDOWN_DEVICE float add_rn(float a, float b) {
+  float result;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 
 MLPDOWN_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 

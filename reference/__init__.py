@@ -1,22 +1,25 @@
-"""The executable specification of the op: NumPy arrays in, the exact bits out.
+"""The executable specification: NumPy arrays in, the exact bits out.
 
-``order.py`` says what is computed, in prose and as arithmetic; ``cpu.py`` runs that on a CPU, ``kernel.py`` on a GPU or in Numba's
-simulator. Inputs are float32 arrays that hold float16 or bfloat16 values (both convert exactly), results are the 16 bits as uint16.
+``order.py`` says what is computed, in prose and as arithmetic. ``row_sums.py`` (steps 1 to 7) and ``finish.py`` (steps
+8 and 9) run it on a CPU, on a GPU, or in Numba's simulator; ``machines.py`` holds what these spell differently. Inputs
+are float32 arrays that hold float16 or bfloat16 values (both convert exactly), results are the 16 bits as uint16.
 Nothing here knows of torch or of the rest of the package.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 
-from .order import DTYPES, VECTOR_SIZE, vectors_per_segment
+from .order import DTYPES, VECTOR_SIZE
 
 __all__ = ["mlp_down", "partial_sums"]
 
 Float32Array = npt.NDArray[np.float32]
+
+MACHINES = ("cpu", "simulator")
 
 
 def mlp_down(
@@ -44,95 +47,68 @@ def mlp_down(
         ``[num_tokens, hidden_dim]`` uint16, the bits of the result.
 
     Raises:
-        TypeError: an array is not float32. ValueError: a shape, ``dtype`` or ``machine`` is not as above.
+        TypeError: an array is not float32. ValueError: a shape, ``dtype`` or ``machine`` is not as above. RuntimeError: the machine is not
+        there: the simulator was not asked for in time, or this CPU cannot keep subnormals.
     """
-    if hidden_states is None:
-        raise TypeError("hidden_states must be an array, got None")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    out = np.zeros((mlp_intermediate.shape[0], weight.shape[0]), np.uint16)
-    _launch(
-        machine,
-        hidden_states,
-        attn_output,
-        mlp_intermediate,
-        weight,
-        bias,
-        DTYPES[dtype],
-        np.empty((0, 0), np.float32),
-        out,
-    )
+    sums = partial_sums(mlp_intermediate, weight, machine=machine)
+    _check("hidden_states", hidden_states, sums.shape)
+    addends = []
+    if bias is not None:
+        _check("bias", bias, sums.shape[1:])
+        addends.append(bias[None])
+    if attn_output is not None:
+        _check("attn_output", attn_output, sums.shape)
+        addends.append(attn_output)
+    out = np.empty(sums.shape, np.uint16)
+    if out.size:
+        from . import finish
+
+        _on(machine, finish)(sums, [*addends, hidden_states], DTYPES[dtype], out)
     return out
 
 
-def partial_sums(mlp_intermediate: Float32Array, weight: Float32Array, *, machine: str = "cpu") -> Float32Array:
-    """Steps 1 to 7 alone: ``weight @ mlp_intermediate`` in the canonical order, float32 ``[num_tokens, hidden_dim]``, unrounded.
+def partial_sums(activation: Float32Array, weight: Float32Array, *, machine: str = "cpu") -> Float32Array:
+    """``weight @ activation`` in the canonical order, steps 1 to 7: float32 ``[num_tokens, num_rows]``, unrounded.
 
-    Arguments and errors are those of :func:`mlp_down`.
+    Args:
+        activation: ``[num_tokens, row_length]``, ``row_length`` a positive multiple of 8.
+        weight: ``[num_rows, row_length]``.
+        machine, errors: as in :func:`mlp_down`.
     """
-    sums = np.zeros((mlp_intermediate.shape[0], weight.shape[0]), np.float32)
+    if machine not in MACHINES:
+        raise ValueError(f"machine must be 'cpu' or 'simulator', got {machine!r}")
+    if weight.ndim != 2 or weight.shape[1] % VECTOR_SIZE or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must be [num_rows, row_length], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}"
+        )
+    _check("weight", weight, weight.shape)
+    _check("activation", activation, (len(activation), weight.shape[1]))
+    sums = np.empty((activation.shape[0], weight.shape[0]), np.float32)
     if sums.size:
-        _launch(machine, None, None, mlp_intermediate, weight, None, 0, sums, np.empty((0, 0), np.uint16))
+        from . import row_sums
+
+        _on(machine, row_sums)(activation, weight, sums)
     return sums
 
 
-def _launch(
-    machine: str,
-    hidden_states: Float32Array | None,
-    attn_output: Float32Array | None,
-    mlp_intermediate: Float32Array,
-    weight: Float32Array,
-    bias: Float32Array | None,
-    dtype: int,
-    sums: Float32Array,
-    out: npt.NDArray[np.uint16],
-) -> None:
-    num_tokens = mlp_intermediate.shape[0]
-    if weight.ndim != 2 or weight.shape[1] % VECTOR_SIZE or weight.shape[1] == 0:
-        raise ValueError(
-            f"weight must be [hidden_dim, intermediate_dim], a multiple of {VECTOR_SIZE}, got {list(weight.shape)}"
-        )
-    hidden_dim, intermediate_dim = weight.shape
-    expected: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("hidden_states", hidden_states, (num_tokens, hidden_dim)),
-        ("attn_output", attn_output, (num_tokens, hidden_dim)),
-        ("mlp_intermediate", mlp_intermediate, (num_tokens, intermediate_dim)),
-        ("weight", weight, (hidden_dim, intermediate_dim)),
-        ("bias", bias, (hidden_dim,)),
-    ]
-    for name, array, shape in expected:
-        if array is not None and array.dtype != np.float32:
-            raise TypeError(f"{name} must be float32 (16-bit values convert exactly), got {array.dtype}")
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")
-    if num_tokens == 0 or hidden_dim == 0:
-        return
+def _check(name: str, array: Float32Array, shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name} must be float32 (16-bit values convert exactly), got {got}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")
+
+
+def _on(machine: str, module: ModuleType):
+    """``module``'s function for a machine."""
     if machine == "cpu":
-        from . import cpu
+        return module.on_cpu
+    from numba import config
 
-        cpu.launch(hidden_states, attn_output, mlp_intermediate, weight, bias, dtype, sums, out)
-    elif machine == "simulator":
-        from numba import config
-
-        from . import kernel
-
-        if not getattr(config, "ENABLE_CUDASIM", False):
-            raise RuntimeError(
-                "machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported"
-            )
-        absent_states, absent_bias = np.empty((0, 0), np.float32), np.empty(0, np.float32)
-        kernel.launch(
-            absent_states if hidden_states is None else hidden_states,
-            absent_states if attn_output is None else attn_output,
-            attn_output is not None,
-            mlp_intermediate,
-            weight,
-            absent_bias if bias is None else bias,
-            bias is not None,
-            dtype,
-            vectors_per_segment(intermediate_dim),
-            sums,
-            out,
+    if not getattr(config, "ENABLE_CUDASIM", False):
+        raise RuntimeError(
+            "machine='simulator' needs NUMBA_ENABLE_CUDASIM=1 in the environment before Numba is imported"
         )
-    else:
-        raise ValueError(f"machine must be 'cpu' or 'simulator', got {machine!r}")
+    return module.on_cuda

@@ -83,9 +83,10 @@ def row_sum(weight_row: np.ndarray, activation: np.ndarray) -> float:
     """Steps 1 to 7 of the prose, for one row and one token."""
     weights, activations = weight_row.tolist(), activation.tolist()
     num_vectors = len(weights) // 8
-    length = math.ceil(num_vectors / 8)
+    num_segments = next(number for number in (8, 4, 2, 1) if number == 1 or num_vectors >= 128 * number)
+    length = math.ceil(num_vectors / num_segments)
     total = None
-    for segment in range(8):
+    for segment in range(num_segments):
         vectors = range(num_vectors)[segment * length : (segment + 1) * length]
         lanes = []
         for lane in range(32):

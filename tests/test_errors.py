@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlpdown
 from mlpdown import native_backend
-from mlpdown.backends import native_refusal_here
 from mlpdown.plan import Device
 
 HIDDEN_DIM, INTERMEDIATE_DIM = 24, 64
@@ -318,11 +317,11 @@ def test_gpu_too_old(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
     monkeypatch.setattr(
         native_backend, "device_properties", lambda device_index: Device("Old GPU", capability, 100, 100_000)
     )
-    refusal = native_backend.refusal_of_device(0)
-    assert isinstance(refusal, RuntimeError)
-    assert str(refusal) == f"backend 'native' needs a GPU of compute capability 8.0 or newer, Old GPU has {said}"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refusal = native_backend.refusal_here(0)
+    assert isinstance(refusal, RuntimeError)
+    assert str(refusal) == f"backend 'native' needs a GPU of compute capability 8.0 or newer, Old GPU has {said}"
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert mlpdown.backends()["native"] == mlpdown.BackendStatus(False, str(refusal))
 
@@ -330,6 +329,6 @@ def test_gpu_too_old(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a CUDA GPU, torch finds none" in str(native_refusal_here())
+    assert "needs a CUDA GPU, torch finds none" in str(native_backend.refusal_here())
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "needs a torch built with CUDA, this one is" in str(native_refusal_here())
+    assert "needs a torch built with CUDA, this one is" in str(native_backend.refusal_here())

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import re
 import threading
 
 import pytest
@@ -15,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlpdown
-from mlpdown import native_backend, ops
-from mlpdown.jit import sources
+from mlpdown import native_backend
+from mlpdown.header import plan_members
 from mlpdown.plan import H200, Device, Plan
 
 TENSORS = "Tensor hidden_states, Tensor? attn_output, Tensor mlp_intermediate, Tensor weight, Tensor? bias"
-PLAN = native_backend.pack_plan(Plan(4, 1, 4, 4, 8))
+PLAN = native_backend.pack_plan(Plan(1, 1, 4, 4, 8))
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -45,45 +44,33 @@ def arguments(
 
 
 def test_schemas() -> None:
-    assert str(torch.ops.mlpdown.mlp_down.default._schema) == f"mlpdown::mlp_down({TENSORS}, int plan) -> Tensor"
+    assert str(torch.ops.mlpdown.run.default._schema) == f"mlpdown::run({TENSORS}, int plan) -> Tensor"
+    assert str(torch.ops.mlpdown.run.out._schema) == f"mlpdown::run.out({TENSORS}, int plan, *, Tensor(a!) out) -> ()"
     assert (
-        str(torch.ops.mlpdown.mlp_down.out._schema)
-        == f"mlpdown::mlp_down.out({TENSORS}, int plan, *, Tensor(a!) out) -> ()"
-    )
-    assert (
-        str(torch.ops.mlpdown.partial_sums.default._schema)
-        == "mlpdown::partial_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor"
+        str(torch.ops.mlpdown.row_sums.default._schema)
+        == "mlpdown::row_sums(Tensor mlp_intermediate, Tensor weight, int plan) -> Tensor"
     )
 
 
 def test_plan_is_packed_as_the_op_unpacks_it() -> None:
-    """Member by member of the kernel's structure, whose order is the header's."""
-    header = (sources.native_folder() / "problem.h").read_text()
-    body = header.partition("struct MlpDownPlan {")[2].partition("};")[0]
-    names = re.findall(r"^ +(?:unsigned )?int (\w+);", body, re.MULTILINE)
-    assert len(names) == len(dataclasses.fields(Plan))
+    """Member by member, in the header's order; every value that a plan may have fits its bits."""
     activation = Plan(1, 1, 5, 2, 8, activation_in_registers=True, stagger_rows=63)
-    for plan in (Plan(4, 1, 4, 3, 8), Plan(8, 4, 32, 16, 16, True, True, 4), Plan.in_registers(2, weight_prefetch=True), activation):
+    largest = Plan(8, 4, 16, 16, 16, True, True, 2, vectors_in_flight=7, activation_in_registers=True, stagger_rows=63)
+    for plan in (Plan(4, 1, 4, 3, 8), activation, largest, Plan.in_registers(2, weight_prefetch=True)):
         packed, values = native_backend.pack_plan(plan), {}
-        for name in names:
-            packed, values[name] = divmod(packed, 1 << native_backend.BITS_PER_PLAN_MEMBER)
+        for name, bits in plan_members().items():
+            packed, values[name] = divmod(packed, 1 << bits)
         assert (values, packed) == (dataclasses.asdict(plan), 0)
-
-
-@pytest.mark.parametrize("value", [64, -1])
-def test_plan_that_does_not_fit_is_not_packed(value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^plan\.num_stages must fit 6 bits, got {value}$"):
-        native_backend.pack_plan(Plan(1, 1, value, 1, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck_on_meta_tensors(dtype: torch.dtype, optional: bool) -> None:
     tensors = arguments("meta", dtype, optional=optional)
-    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.default, (*tensors, PLAN), test_utils=CHECKS)
+    checked = torch.library.opcheck(torch.ops.mlpdown.run.default, (*tensors, PLAN), test_utils=CHECKS)
     assert checked == dict.fromkeys(CHECKS, "SUCCESS")
     product = (tensors[2], tensors[3], PLAN)
-    checked = torch.library.opcheck(torch.ops.mlpdown.partial_sums.default, product, test_utils=CHECKS)
+    checked = torch.library.opcheck(torch.ops.mlpdown.row_sums.default, product, test_utils=CHECKS)
     assert checked == dict.fromkeys(CHECKS, "SUCCESS")
 
 
@@ -91,7 +78,7 @@ def test_opcheck_of_the_overload_that_writes_into_out() -> None:
     tensors = arguments("meta")
     out = torch.empty(1, 96, dtype=torch.float16, device="meta")
     checks = ("test_schema", "test_faketensor")
-    checked = torch.library.opcheck(torch.ops.mlpdown.mlp_down.out, (*tensors, PLAN), {"out": out}, test_utils=checks)
+    checked = torch.library.opcheck(torch.ops.mlpdown.run.out, (*tensors, PLAN), {"out": out}, test_utils=checks)
     assert checked == dict.fromkeys(checks, "SUCCESS")
 
 
@@ -100,13 +87,13 @@ def test_fake_results_are_like_real_ones(shape: tuple[int, ...]) -> None:
     with FakeTensorMode():
         _, _, mlp_intermediate, weight, _ = arguments("cuda")
         hidden_states = torch.empty(shape, dtype=torch.float16, device="cuda")
-        result = torch.ops.mlpdown.mlp_down(hidden_states, None, mlp_intermediate, weight, None, PLAN)
+        result = torch.ops.mlpdown.run(hidden_states, None, mlp_intermediate, weight, None, PLAN)
         assert (result.shape, result.dtype, result.device) == (
             hidden_states.shape,
             hidden_states.dtype,
             hidden_states.device,
         )
-        sums = torch.ops.mlpdown.partial_sums(mlp_intermediate, weight, PLAN)
+        sums = torch.ops.mlpdown.row_sums(mlp_intermediate, weight, PLAN)
         assert (sums.shape, sums.dtype, sums.device) == ((96,), torch.float32, hidden_states.device)
 
 
@@ -127,36 +114,56 @@ def test_eager_call_is_one_op_to_the_modes_of_torch(monkeypatch: pytest.MonkeyPa
         native_backend._packed_plan.cache_clear()
     assert (result.shape, result.dtype, result.device.type) == ((num_tokens, 96), torch.float16, "cuda")
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert called == [torch.ops.mlpdown.mlp_down.default]
+    assert called == [torch.ops.mlpdown.run.default]
 
 
 def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:
     tensors = arguments("cpu")
     with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
-        torch.ops.mlpdown.mlp_down(*tensors, PLAN)
+        torch.ops.mlpdown.run(*tensors, PLAN)
     with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
-        torch.ops.mlpdown.mlp_down.out(*tensors, PLAN, out=torch.empty(1, 96, dtype=torch.float16))
+        torch.ops.mlpdown.run.out(*tensors, PLAN, out=torch.empty(1, 96, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="weight must be on a CUDA device"):
-        torch.ops.mlpdown.partial_sums(tensors[2], tensors[3], PLAN)
+        torch.ops.mlpdown.row_sums(tensors[2], tensors[3], PLAN)
 
 
-def test_published_entry_point_is_the_op_at_its_size() -> None:
+PYTHIA_NAMES = ("hidden_states", "attn_output", "mlp_intermediate", "mlp_down_weight", "mlp_down_bias")
+
+
+def pythia_tensors(leading: tuple[int, ...], intermediate_leading: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    tensors = [
-        torch.randn(shape, generator=generator).to(torch.float16)
-        for shape in [(1, 2560), (1, 2560), (1, 10240), (2560, 10240), (2560,)]
-    ]
-    assert torch.equal(mlpdown.pythia_2b8_mlp_only(*tensors), mlpdown.run(*tensors))
-    for position, name in enumerate(
-        ["hidden_states", "attn_output", "mlp_intermediate", "mlp_down_weight", "mlp_down_bias"]
-    ):
-        wrong: list[object] = list(tensors)
-        wrong[position] = torch.zeros(3)
-        with pytest.raises(ValueError, match=rf"^{name} must be \[.*\], got \[3\]$"):
-            mlpdown.pythia_2b8_mlp_only(*wrong)  # type: ignore[arg-type]
-        wrong[position] = [1.0]
-        with pytest.raises(TypeError, match=rf"^{name} must be a torch.Tensor, got list$"):
-            mlpdown.pythia_2b8_mlp_only(*wrong)  # type: ignore[arg-type]
+    shapes = [(*leading, 2560), (*leading, 2560), (*intermediate_leading, 10240), (2560, 10240), (2560,)]
+    return [torch.randn(shape, generator=generator).to(torch.float16) for shape in shapes]
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("intermediate_leading", [(), (1,), (1, 1)])
+def test_published_call_is_the_op_at_its_size(leading: tuple[int, ...], intermediate_leading: tuple[int, ...]) -> None:
+    """ClusterFusion documents ``mlp_intermediate`` as [10240], and its tests pass residuals of [1, 1, 2560]."""
+    tensors = pythia_tensors(leading, intermediate_leading)
+    result = mlpdown.pythia_2b8_mlp_only(*tensors)
+    assert result.shape == (*leading, 2560)
+    assert torch.equal(result, mlpdown.run(*tensors))
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_published_call_names_what_is_wrong(position: int) -> None:
+    tensors, name = pythia_tensors((1,), ()), PYTHIA_NAMES[position]
+    size = (2560, 2560, 10240, 10240, 2560)[position]
+    for wrong in (torch.zeros(3), torch.zeros(2, size), torch.zeros(()), torch.zeros(0, size)):
+        arguments: list[object] = [*tensors[:position], wrong.half(), *tensors[position + 1 :]]
+        with pytest.raises(ValueError, match=rf"^{name} must be .*\[.*\], got \[.*\]$"):
+            mlpdown.pythia_2b8_mlp_only(*arguments)  # type: ignore[arg-type]
+    arguments = [*tensors[:position], [1.0], *tensors[position + 1 :]]
+    with pytest.raises(TypeError, match=rf"^{name} must be a torch.Tensor, got list$"):
+        mlpdown.pythia_2b8_mlp_only(*arguments)  # type: ignore[arg-type]
+
+
+def test_published_call_knows_a_transposed_weight() -> None:
+    tensors = pythia_tensors((1,), ())
+    words = r"^mlp_down_weight must be \[2560, 10240\], got \[10240, 2560\] \(it looks transposed\)$"
+    with pytest.raises(ValueError, match=words):
+        mlpdown.pythia_2b8_mlp_only(*tensors[:3], tensors[3].t().contiguous(), tensors[4])
 
 
 def test_backends_say_why_they_cannot_run() -> None:
@@ -182,13 +189,13 @@ def test_what_is_asked_of_the_device_is_not_traced(monkeypatch: pytest.MonkeyPat
         with lock:
             return H200
 
-    monkeypatch.setattr(ops, "_cached_refusal_of_device", refusal_under_a_lock)
+    monkeypatch.setattr(native_backend, "_cached_refusal_of_device", refusal_under_a_lock)
     monkeypatch.setattr(native_backend, "device_properties", properties_under_a_lock)
-    plan = Plan(1, 2, 3, 2, 8)
+    plan = Plan(1, 2, 4, 2, 8)
 
     def function(values: torch.Tensor) -> torch.Tensor:
         packed = native_backend.packed_plan((8, 2048), 0, plan, True)
-        return values * packed if ops._refusal_of_device(0) is None else values
+        return values * packed if native_backend._refusal_of_device(0) is None else values
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     packed = native_backend.pack_plan(dataclasses.replace(plan, weight_prefetch=True))
@@ -212,7 +219,7 @@ def test_nothing_is_built_for_a_call_that_cannot_be(monkeypatch: pytest.MonkeyPa
     def build() -> None:
         raise AssertionError("the library was loaded")
 
-    monkeypatch.setattr(native_backend, "_mlp_down", None)
+    monkeypatch.setattr(native_backend, "_run", None)
     monkeypatch.setattr(native_backend, "load", build)
     tensors = [torch.randn(1, 8, dtype=torch.float16) for _ in range(3)]
     with pytest.raises(ValueError, match="^weight must be on a CUDA device"):

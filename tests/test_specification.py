@@ -46,8 +46,9 @@ def test_random_rows_replayed_in_exact_integers(dtype: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# One vector; fewer vectors than segments; empty last segments; one more than a whole number of rounds of lanes; a model's odd size.
-@pytest.mark.parametrize("intermediate_dim", [8, 40, 72, 8 * 8 * 32 + 8, 11008])
+# One vector; a few; on both sides of each length at which a row gets more segments; one more than a whole number of rounds of lanes; a
+# model's odd size.
+@pytest.mark.parametrize("intermediate_dim", [8, 40, 72, 2040, 2048, 2056, 4088, 4096, 8184, 8192, 8200, 11008])
 def test_ragged_sizes_replayed_in_exact_integers(dtype: str, intermediate_dim: int) -> None:
     case = make_case(5, intermediate_dim, dtype, "cancelling", seed=2)
     expected = np.array([[scalar_replay.replay(case, 0, row) for row in range(5)]], np.uint16)

@@ -23,9 +23,11 @@ FROZEN_DIGESTS = {
     ("bfloat16", "ordinary"): "260973f63fa73b77",
     ("bfloat16", "cancelling"): "0716da45f93a320a",
     ("bfloat16", "special"): "d81fcd6b882d2940",
+    ("bfloat16", "subnormal"): "e8fcd7451a4ea8cc",
     ("float16", "ordinary"): "066fe9d31fb02cbd",
     ("float16", "cancelling"): "d21b10d64b9aef3a",
     ("float16", "special"): "232aab179665a5a1",
+    ("float16", "subnormal"): "28f57d3e3e86d58c",
 }
 
 # Exponent fields (sign and mantissa are drawn freely): zeros and subnormals, small and large normal numbers, infinities and NaNs.

@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from pathlib import Path
 
-from rich.table import Table
-
-from .results import Report, median, quartiles, read_report
-from .tables import new_console
+from ..json_lines import read_json
+from ..tables import new_console, new_table
+from ..timing import median, quartiles
+from . import e2e_timing
+from .report import SCHEMA_VERSION, label_of
 
 # A change is one when it exceeds this much of the old value, and three times the spread of both samples.
 SMALLEST_CHANGE = 0.02
 TIMES_SPREAD = 3.0
-# The quartiles of a normal distribution are 1.349 standard deviations apart.
-QUARTILES_PER_DEVIATION = 1.349
-OURS = "native"
+QUARTILES_PER_DEVIATION = 1.349  # of a normal distribution
+OURS = ("native", "patched")
 
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One candidate at one shape and dtype, in both files."""
-
-    label: str
-    name: str
-    old_us: float
-    new_us: float | None
-    """None: no longer measured."""
-    noise: float
-    """The change, relative to the old value, that is within noise."""
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.new_us is None else self.new_us / self.old_us
-
-    @property
-    def is_regression(self) -> bool:
-        """Only of our own: that a peer became slower is no fault."""
-        if not self.name.startswith(OURS):
-            return False
-        return self.ratio is None or self.ratio > 1 + self.noise
-
-    @property
-    def verdict(self) -> str:
-        if self.ratio is None:
-            return "no longer measured"
-        if abs(self.ratio - 1) <= self.noise:
-            return "within noise"
-        return "slower" if self.ratio > 1 else "faster"
+Timings = dict[tuple[str, str], tuple[float, float]]
+"""(shape or mode, candidate) -> median and standard deviation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,70 +30,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the changes. Returns 1 if one of our own is a regression, 2 if the files cannot be compared."""
+    """Print every candidate of either file, and whether it changed by more than noise. Returns 1 if one of ours became slower, or is gone
+    from what the new file has measured; 2 if the files cannot be compared."""
     try:
-        old, new = read_report(arguments.old), read_report(arguments.new)
-        changes = compare(old, new)
+        (old_gpu, old), (new_gpu, new) = read_timings(arguments.old), read_timings(arguments.new)
+        if old_gpu != new_gpu:
+            raise ValueError(f"results of different machines cannot be compared: {old_gpu} and {new_gpu}")
+        if not old.keys() & new.keys():
+            raise ValueError("the two files have nothing in common")
     except (ValueError, OSError) as error:
         print(f"mlpdown bench compare: {error}", file=sys.stderr)
         return 2
-    table = Table(title=f"{old.machine['gpu'] or 'CPU'}: {arguments.old} to {arguments.new}", title_justify="left")
-    for heading in ("shape", "candidate", "old us", "new us", "new over old", "noise", ""):
-        is_name = heading in ("shape", "candidate")
-        table.add_column(heading, justify="left" if is_name or not heading else "right", no_wrap=is_name)
-    for change in changes:
-        table.add_row(
-            change.label,
-            change.name,
-            f"{change.old_us:.2f}",
-            "-" if change.new_us is None else f"{change.new_us:.2f}",
-            "-" if change.ratio is None else f"{change.ratio:.3f}",
-            f"{change.noise:.3f}",
-            change.verdict,
-            style="bold red" if change.is_regression else None,
-        )
-    console = new_console()
-    console.print(table)
-    num_regressions = sum(change.is_regression for change in changes)
-    console.print("No regression." if not num_regressions else f"{num_regressions} of ours became slower, or are no longer measured.")
+    title = f"{arguments.old} to {arguments.new}: medians; new over old below 1 is faster"
+    table = new_table(title, "shape or mode", "candidate", "old", "new", "new over old", "noise", "")
+    num_regressions, measured, absent = 0, {label for label, _ in new}, (math.nan, math.nan)
+    for label, name in {**old, **new}:
+        (before, old_deviation), (after, new_deviation) = old.get((label, name), absent), new.get((label, name), absent)
+        ratio, noise = after / before, max(TIMES_SPREAD * math.hypot(old_deviation, new_deviation) / before, SMALLEST_CHANGE)
+        verdict = "within noise" if abs(ratio - 1) <= noise else "slower" if ratio > 1 else "faster"
+        if math.isnan(ratio):
+            verdict = "in the new file only" if math.isnan(before) else "in the old file only"
+        # That a baseline became slower is no fault.
+        is_regression = name.startswith(OURS) and (verdict == "slower" or (math.isnan(after) and label in measured))
+        num_regressions += is_regression
+        numbers = ["-" if math.isnan(value) else f"{value:.3f}" for value in (before, after, ratio, noise)]
+        table.add_row(label, name, *numbers, verdict, style="bold red" if is_regression else None)
+    new_console().print(table)
+    found = f"{num_regressions} of ours became slower, or are no longer measured" if num_regressions else "No regression"
+    print(f"{found}: {len(old.keys() & new.keys())} compared, {len(old.keys() ^ new.keys())} in one file only.")
     return 1 if num_regressions else 0
 
 
-def compare(old: Report, new: Report) -> list[Change]:
-    """Every candidate of ``old`` at every shape that both measured.
+def read_timings(path: Path) -> tuple[str, Timings]:
+    """The GPU of a result and its times: of ``bench op`` in microseconds a call, of ``bench e2e`` in milliseconds a token.
 
-    Raises:
-        ValueError: they are from different GPUs, or have nothing in common.
-    """
-    if old.machine["gpu"] != new.machine["gpu"]:
-        raise ValueError(f"results of different machines cannot be compared: {old.machine['gpu']} and {new.machine['gpu']}")
-    new_results = {result.label: result for result in new.results}
-    changes = []
-    for result in old.results:
-        if result.label not in new_results:
-            continue
-        newer = new_results[result.label]
-        pairs = [("", result.timings, newer.timings), (" (CPU time)", result.cpu_cost, newer.cpu_cost)]
-        for suffix, old_samples, new_samples in pairs:
-            for name, samples in old_samples.items():
-                other = new_samples.get(name)
-                changes.append(
-                    Change(
-                        result.label,
-                        name + suffix,
-                        median(samples),
-                        None if other is None else median(other),
-                        _noise(samples, samples if other is None else other),
-                    )
-                )
-    if not changes:
-        raise ValueError("the two files have no shape and dtype in common")
-    return changes
-
-
-def _noise(old: list[float], new: list[float]) -> float:
-    deviations = []
-    for samples in (old, new):
-        lower, upper = quartiles(samples)
-        deviations.append((upper - lower) / QUARTILES_PER_DEVIATION)
-    return max(SMALLEST_CHANGE, TIMES_SPREAD * math.hypot(*deviations) / median(old))
+    Raises ValueError if the file is neither's, OSError if it cannot be read."""
+    spreads: dict[tuple[str, str], tuple[float, float, float]] = {}
+    is_e2e = '"benchmark": "e2e"' in path.read_text()
+    content = read_json(path, "e2e", e2e_timing.SCHEMA_VERSION) if is_e2e else read_json(path, "op", SCHEMA_VERSION)
+    for row in content["rows"] if is_e2e else ():
+        mode = f"{e2e_timing.mode_label(row['mode'], row['cache_length'])}, {row['num_tokens']} tokens"
+        for name in ("stock", "patched"):
+            times = row[f"{name}_ms"]
+            spreads[f"{content['model']} {content['dtype']}, {mode}", name] = times["median"], *times["quartiles"]
+    for result in () if is_e2e else content["results"]:
+        costs = {f"{name} (CPU time)": samples for name, samples in result["cpu_cost"].items()}
+        for name, samples in {**result["timings"], **costs}.items():
+            spreads[label_of(result), name] = median(samples), *quartiles(samples)
+    timings = {key: (middle, (upper - lower) / QUARTILES_PER_DEVIATION) for key, (middle, lower, upper) in spreads.items()}
+    return content["machine"]["gpu"] or "CPU", timings

@@ -12,206 +12,98 @@ import torch
 import mlpdown
 
 from .. import native_backend
-from ..plan import Plan, choose_plan
-from .chain import Captured, Chain, Layer, Oracle, calls_for, check_same_bits
-from .peers import COMPILED, compile_layer, torch_layer
-from .results import Result, median
-from .shapes import Shape
-from .timing import time_enqueueing, time_replays, time_wall
-from .yardstick import CONFIGURATIONS, ReadConfiguration, read
+from ..heuristics import choose_plan
+from ..plan import Plan
+from ..timing import Captured, Clock, time_rounds
+from .baselines import COMPILED, Layer, compile_layer, torch_layer
+from .inputs import Checks, Inputs, check_same_bits
+from .read_only import fastest_read
+from .report import Content
 
-STEADY_READ_BYTES = 4 << 30
-NUM_STEADY_READS = 5
-NUM_READ_TRIALS = 5
 NUM_EAGER_ROUNDS = 10
 NUM_CPU_BATCHES = 20
-CALLS_PER_CPU_BATCH = 100
-NUM_CPU_MACHINE_CALLS = 3
+CALLS_PER_CPU_BATCH = 100  # fewer than the launch queue holds (1,024 kernels), or the host would wait for the GPU
 COMPILE_LIMIT_SECONDS = 30.0
-
-# In the order in which they are shown.
-CANDIDATES = {
-    "read_only": "a kernel that only reads these bytes",
-    "native_chained_prefetch": "native, dependent launch and weight prefetch",
-    "native_chained": "native, dependent launch",
-    "native_isolated": "native, isolated",
-    "native": "native",
-    "numba": "numba (the specification)",
-    "torch_graph": "PyTorch in a CUDA graph",
-    "torch_eager": "PyTorch, eager, wall time",
-    "compile_multiply_and_sum": "torch.compile of multiply and sum, coordinate descent",
-    "compile_default": "torch.compile",
-    "compile_max_autotune": "torch.compile, max-autotune",
-    "torch": "PyTorch",
-}
+CUDA_ONLY = "measured on CUDA devices only"
 
 
-@dataclasses.dataclass
-class Settings:
-    """What one measurement is to do."""
+def measure(inputs: Inputs, num_rounds: int, compile_deadline: float, tell: Callable[[str], None]) -> Content:
+    """``plans``, ``timings``, ``cpu_cost`` and ``missing`` of a result.
 
-    num_rounds: int
-    num_calls: int | None
-    """Calls of a chain; None: as many as it takes to outgrow the L2 cache."""
-    seed: int
-    compile_deadline: float
-    """``time.monotonic()`` after which nothing more is compiled by torch."""
-    compile: bool
-    """Whether torch.compile is measured for this shape."""
-    progress: Callable[[str], None]
-    """Told what is being done."""
-
-
-def steady_read(device: torch.device) -> list[float]:
-    """TB/s of reads of 4 GiB by the read-only kernel, in its fastest configuration."""
-    data = torch.empty(STEADY_READ_BYTES // 4, dtype=torch.int32, device=device).random_()
-    graphs = {
-        str(index): Captured(functools.partial(_read_all, [data], configuration))
-        for index, configuration in enumerate(CONFIGURATIONS)
-    }
-    samples = time_replays(graphs, NUM_STEADY_READS, 1)
-    fastest = min(samples.values(), key=median)
-    return [STEADY_READ_BYTES / microseconds / 1e6 for microseconds in fastest]
-
-
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, settings: Settings) -> Result:
-    """Everything about one shape and dtype.
+    ``num_rounds``: samples of each candidate. ``compile_deadline``: ``time.monotonic()`` after which torch compiles nothing more.
 
     Raises:
         CheckError: a candidate computes something wrong; nothing was timed.
     """
-    if device.type != "cuda":
-        return _measure_on_cpu(shape, dtype, device, settings)
-    num_calls = settings.num_calls or calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
-    result = _result(shape, dtype, num_calls)
-    settings.progress("inputs and oracle")
-    chain = Chain.make(shape, dtype, device, num_calls, settings.seed)
-    oracle = Oracle(chain)
-    graphs: dict[str, Captured] = {}
+    device, num_calls, backends = inputs.bias.device, len(inputs.weights), mlpdown.backends()
+    on_cuda = device.type == "cuda"
+    tell("oracle")
+    checks = Checks(inputs)
+    runs: dict[str, Callable[[], object]] = {}
+    found: Content = {"plans": None, "timings": {}, "cpu_cost": {}, "missing": {}}
+    missing = found["missing"]
 
-    status = mlpdown.backends()["native"]
-    if status.available:
-        settings.progress("native")
-        plans = native_plans(shape, device)
-        result.plans = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
-        graphs.update(_native_graphs(chain, oracle, plans))
+    def add(name: str, layer: Layer, *, bits: bool = False) -> list[torch.Tensor]:
+        """Check a candidate, which is timed from then on."""
+        tell(name)
+        runs[name] = run = functools.partial(inputs.run, layer)
+        if on_cuda:
+            graph = Captured(run)
+            graph.replay()
+            runs[name] = graph.replay
+        outs = graph.outs if on_cuda else run()
+        checks.check(name, outs, bits=bits)
+        return outs
+
+    if on_cuda and backends["native"].available:
+        plans = native_plans(inputs.weights[0].shape, device)
+        found["plans"] = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
+        outs = {name: add(name, native_layer(plan), bits=name == "native_isolated") for name, plan in plans.items()}
+        for name in plans:
+            check_same_bits(name, outs[name], outs["native_isolated"])
     else:
-        result.missing["native"] = status.reason
-
-    settings.progress("PyTorch")
-    graphs["torch_graph"] = Captured(functools.partial(chain.run, torch_layer))
-    graphs["torch_graph"].replay()
-    oracle.check("torch_graph", graphs["torch_graph"].outs)
+        missing["native"] = backends["native"].reason if on_cuda else CUDA_ONLY
+    if not on_cuda:
+        missing |= dict.fromkeys(("read_only", "torch_graph", *COMPILED), CUDA_ONLY)
+        add("torch", torch_layer)
+        add("numba", functools.partial(mlpdown.run, backend="numba"), bits=True)
+        tell(f"{num_rounds} rounds")
+        found["timings"] = time_rounds(runs, Clock(device, "wall"), num_rounds, num_calls)
+        return found
+    add("torch_graph", torch_layer)
     for name in COMPILED:
-        if not settings.compile:
-            result.missing[name] = "not asked for at this shape"
-            continue
-        left = min(COMPILE_LIMIT_SECONDS, settings.compile_deadline - time.monotonic())
-        if left < 1:
-            result.missing[name] = "the time for torch.compile is spent"
-            continue
-        settings.progress(name)
-        layer, reason = compile_layer(name, chain.run_first, left)
+        tell(name)
+        left = min(COMPILE_LIMIT_SECONDS, compile_deadline - time.monotonic())
+        layer, reason = compile_layer(name, inputs.call, left) if left >= 1 else (None, "the time for torch.compile is spent")
         if layer is None:
-            result.missing[name] = reason
-            continue
-        graphs[name] = Captured(functools.partial(chain.run, layer))
-        graphs[name].replay()
-        oracle.check(name, graphs[name].outs)
+            missing[name] = reason
+        else:
+            add(name, layer)
+    tell("read-only kernel")
+    runs["read_only"] = fastest_read(inputs.weights)[0].replay
+    tell(f"{num_rounds} rounds")
+    found["timings"] = time_rounds(runs, Clock(device, "device"), num_rounds, num_calls)
+    eager = {"torch_eager": functools.partial(inputs.run, torch_layer)}
+    found["timings"] |= time_rounds(eager, Clock(device, "wall"), NUM_EAGER_ROUNDS, num_calls)
 
-    settings.progress("read-only kernel")
-    graphs["read_only"] = _fastest_read(chain.weights, num_calls)
-    settings.progress(f"{settings.num_rounds} rounds")
-    result.timings.update(time_replays(graphs, settings.num_rounds, num_calls))
-    eager = {"torch_eager": functools.partial(chain.run, torch_layer)}
-    result.timings.update(time_wall(eager, NUM_EAGER_ROUNDS, num_calls, device))
-    settings.progress("CPU cost")
-    result.cpu_cost.update(_cpu_cost(chain, status.available, device))
-    return result
+    def call_often(layer: Layer) -> None:
+        for _ in range(CALLS_PER_CPU_BATCH):
+            inputs.call(layer)
+
+    layers: dict[str, Layer] = {"torch": torch_layer, "native": functools.partial(mlpdown.run, backend="native")}
+    batches = {name: functools.partial(call_often, layer) for name, layer in layers.items() if name not in missing}
+    found["cpu_cost"] = time_rounds(batches, Clock(device, "host"), NUM_CPU_BATCHES, CALLS_PER_CPU_BATCH)
+    return found
 
 
-def native_plans(shape: Shape, device: torch.device) -> dict[str, Plan]:
-    """The plans that a caller gets: by default, with weight_prefetch, and by default but without dependent launch."""
+def native_plans(weight_shape: tuple[int, ...], device: torch.device) -> dict[str, Plan]:
+    """The plans that a caller gets: by default but without dependent launch, by default, and with weight_prefetch."""
     properties = native_backend.device_properties(device.index)
-    default = choose_plan(shape.hidden_dim, shape.intermediate_dim, properties)
-    return {
-        "native_isolated": dataclasses.replace(default, dependent_launch=False),
-        "native_chained": default,
-        "native_chained_prefetch": choose_plan(shape.hidden_dim, shape.intermediate_dim, properties, weight_prefetch=True),
-    }
+    default, prefetching = (choose_plan(*weight_shape, properties, weight_prefetch=prefetch) for prefetch in (False, True))
+    isolated = dataclasses.replace(default, dependent_launch=False)
+    return {"native_isolated": isolated, "native_chained": default, "native_chained_prefetch": prefetching}
 
 
 def native_layer(plan: Plan) -> Layer:
     """The op under a plan."""
     return functools.partial(mlpdown.run, backend="native", plan=plan)
-
-
-def _native_graphs(chain: Chain, oracle: Oracle, plans: dict[str, Plan]) -> dict[str, Captured]:
-    graphs = {name: Captured(functools.partial(chain.run, native_layer(plan))) for name, plan in plans.items()}
-    for graph in graphs.values():
-        graph.replay()
-    first = graphs["native_isolated"].outs
-    oracle.check("native_isolated", first)
-    oracle.check_bits("native_isolated", first)
-    for name, graph in graphs.items():
-        check_same_bits(name, graph.outs, first)
-    return graphs
-
-
-def _read_all(tensors: list[torch.Tensor], configuration: ReadConfiguration) -> list[torch.Tensor]:
-    for tensor in tensors:
-        read(tensor, configuration)
-    return []
-
-
-def _fastest_read(weights: list[torch.Tensor], num_calls: int) -> Captured:
-    graphs = {
-        str(index): Captured(functools.partial(_read_all, weights, configuration))
-        for index, configuration in enumerate(CONFIGURATIONS)
-    }
-    samples = time_replays(graphs, NUM_READ_TRIALS, num_calls)
-    return graphs[min(samples, key=lambda name: median(samples[name]))]
-
-
-def _cpu_cost(chain: Chain, native_available: bool, device: torch.device) -> dict[str, list[float]]:
-    tensors = (chain.hidden_states, chain.attn_output, chain.mlp_intermediate, chain.weights[0], chain.bias)
-    calls: dict[str, Callable[[], object]] = {"torch": lambda: torch_layer(*tensors)}
-    if native_available:
-        calls["native"] = lambda: mlpdown.run(*tensors, backend="native")
-    return time_enqueueing(calls, NUM_CPU_BATCHES, CALLS_PER_CPU_BATCH, device)
-
-
-def _measure_on_cpu(shape: Shape, dtype: torch.dtype, device: torch.device, settings: Settings) -> Result:
-    num_calls = settings.num_calls or NUM_CPU_MACHINE_CALLS
-    result = _result(shape, dtype, num_calls)
-    settings.progress("inputs and oracle")
-    chain = Chain.make(shape, dtype, device, num_calls, settings.seed)
-    oracle = Oracle(chain)
-    candidates: dict[str, Callable[[], object]] = {}
-    for name, status in mlpdown.backends().items():
-        if name == "native" or not status.available:
-            result.missing[name] = "measured on CUDA devices only" if status.available else status.reason
-            continue
-        settings.progress(name)
-        layer: Layer = functools.partial(mlpdown.run, backend=name)
-        outs = chain.run(layer)
-        oracle.check(name, outs)
-        if name == "numba":
-            oracle.check_bits(name, outs)
-        candidates[name] = functools.partial(chain.run, layer)
-    for name in ("read_only", "torch_graph", *COMPILED):
-        result.missing[name] = "measured on CUDA devices only"
-    settings.progress(f"{settings.num_rounds} rounds")
-    result.timings.update(time_wall(candidates, settings.num_rounds, num_calls, device))
-    return result
-
-
-def _result(shape: Shape, dtype: torch.dtype, num_calls: int) -> Result:
-    return Result(
-        shape=shape.name,
-        hidden_dim=shape.hidden_dim,
-        intermediate_dim=shape.intermediate_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        weight_bytes=shape.weight_bytes,
-        num_calls=num_calls,
-    )

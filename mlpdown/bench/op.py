@@ -3,209 +3,130 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
 import sys
 import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import mlpdown
 
-from ..arguments import device as device_argument
-from ..arguments import output_file
+from .. import arguments as argument_types
+from .. import machine
+from ..accuracy import CheckError
+from ..cases import TORCH_DTYPES
 from ..jit import BuildError
-from . import machine, plans
-from .chain import CheckError
-from .measure import Settings, measure, steady_read
-from .results import Report, Result, median
-from .shapes import PYTHIA_2B8, Shape, parse_shapes
-from .tables import detail_table, new_console, summary_table
+from ..json_lines import write_json
+from ..plot import plot_bandwidth, require_matplotlib
+from ..tables import new_console
+from . import plans
+from .inputs import Inputs, calls_for
+from .measure import measure
+from .read_only import steady_read
+from .report import SCHEMA_VERSION, Content, detail_table, steady_rate, summary_table
+from .shapes import PYTHIA_2B8, parse_shapes
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# What an H200's own yardsticks must say before its figures count: it is not shared, throttled or otherwise slow.
-H200_STEADY_TB_PER_S = 4.4
-H200_READ_ONLY_US = 13.6
-H200_TORCH_US = 23.0
+# What a GPU must read before its figures count: then it is not shared, throttled or otherwise slow.
+LEAST_TB_PER_S = {"H200": 4.4, "H100 80GB HBM3": 3.1}
 MAX_DETAILED = 4
+NUM_CPU_MACHINE_CALLS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlpdown bench op``."""
-    parser.add_argument("--shapes", default=PYTHIA_2B8.name, help="names or HIDDENxINTERMEDIATE, with commas, or all (pythia-2.8b)")
-    parser.add_argument("--dtypes", default="float16,bfloat16", help="with commas (float16,bfloat16)")
-    parser.add_argument("--device", type=device_argument, help="cuda where there is one, else cpu")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each candidate (30)")
-    parser.add_argument("--calls", type=int, help="calls of a chain (32, or more until their weights exceed L2 three times)")
-    parser.add_argument(
-        "--compile", choices=("first", "all", "none"), default="first", help="shapes at which torch.compile is measured (the first)"
-    )
-    parser.add_argument("--compile-seconds", type=float, default=45.0, help="time for all of torch.compile's compilations (45)")
-    parser.add_argument("--plans", action="store_true", help="instead, time a grid of plans of the native kernel at each shape")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
-    parser.add_argument("--commit", help="the commit to write down, where the checkout does not say")
-    parser.add_argument("--json", type=output_file, metavar="PATH", help="write every sample and what it was made on")
-    parser.add_argument(
-        "--plot",
-        type=output_file,
-        metavar="PATH",
-        help="draw bandwidth beside the steady read rate: PATH with .svg and .png (needs matplotlib)",
-    )
+    add, path = parser.add_argument, dict[str, Any](type=argument_types.output_file, metavar="PATH")
+    add("--shapes", default=PYTHIA_2B8.name, help="all, short, or names or HIDDENxINTERMEDIATE with commas (pythia-2.8b)")
+    add("--dtypes", default=",".join(TORCH_DTYPES), help="with commas (float16,bfloat16)")
+    add("--device", type=argument_types.device, help="cuda where there is one, else cpu")
+    add("--rounds", type=int, default=30, help="samples of each candidate (30)")
+    add("--calls", type=int, help="calls of a run (32, or more until their weights exceed L2 three times)")
+    add("--compile-seconds", type=float, default=45.0, help="time for torch.compile, first shape first; 0 for none (45)")
+    add("--plans", action="store_true", help="instead, look for the fastest plans of the native kernel at each shape")
+    add("--seconds", type=float, default=200.0, help="time for --plans, shared out among shapes and dtypes (200)")
+    add("--seed", type=int, default=0, help="of the inputs (0)")
+    add("--commit", help="the commit to write down, where the checkout does not say")
+    add("--json", **path, help="write every sample and what it was made on")
+    add("--plot", **path, help="draw bandwidth: PATH with .svg and .png (needs matplotlib)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns 0, 1 if a candidate computes something wrong, 2 for arguments that cannot be served here."""
-    console = new_console()
+    content: Content = {"benchmark": "op", "schema_version": SCHEMA_VERSION, "machine": machine.describe(arguments.commit)}
+    content |= {"steady_read": None, "validity": {"valid": None, "reasons": []}, "results": [], "plans": None}
     try:
-        shapes = parse_shapes(arguments.shapes)
-        dtypes = [DTYPES[name] for name in arguments.dtypes.split(",")]
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-            torch.cuda.set_device(device)
+        device, status = machine.current_device(arguments.device), mlpdown.backends()["native"]
+        if arguments.plans and (device.type != "cuda" or not status.available):
+            raise ValueError(f"--plans needs the native kernel: {f'not on {device}' if status.available else status.reason}")
         if arguments.rounds < 1 or (arguments.calls is not None and arguments.calls < 1):
             raise ValueError(f"--rounds and --calls must be positive, got {arguments.rounds}, {arguments.calls}")
-        if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise RuntimeError("matplotlib must be installed for --plot: pip install matplotlib")
-        if arguments.plans:
-            status = mlpdown.backends()["native"]
-            if device.type != "cuda" or not status.available:
-                raise ValueError(f"--plans needs the native kernel: {status.reason if not status.available else f'not on {device}'}")
-    except KeyError as error:
-        return _refuse(f"dtype must be one of {', '.join(DTYPES)}, got {error}")
-    except (ValueError, RuntimeError) as error:
-        return _refuse(str(error))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn only between measurements: a thread that draws would take its time from the host.
-    with torch.no_grad(), Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
-        try:
-            if arguments.plans:
-                report = _sweep(arguments, shapes, dtypes, device, progress, console)
-            else:
-                report = _measure(arguments, shapes, dtypes, device, progress)
-        except (CheckError, BuildError) as error:
-            print(f"mlpdown bench op: {error}", file=sys.stderr)
-            return 1
-    if not arguments.plans:
-        _print(report, arguments.rounds, console)
+        if not set(arguments.dtypes.split(",")) <= TORCH_DTYPES.keys():
+            raise ValueError(f"--dtypes must be some of {', '.join(TORCH_DTYPES)}, got {arguments.dtypes!r}")
+        cells = [(shape, dtype) for shape in parse_shapes(arguments.shapes) for dtype in arguments.dtypes.split(",")]
+        if arguments.plot is not None:
+            require_matplotlib()
+        with torch.no_grad():
+            _measure(arguments, cells, device, content)
+    except (ValueError, CheckError, BuildError) as error:
+        print(f"mlpdown bench op: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    if content["results"]:
+        content["validity"] = validity(content)
+        _print(content, arguments.rounds)
     if arguments.json is not None:
-        report.write(arguments.json)
-    if arguments.plot is not None:
-        from .plot import write_plot
-
-        write_plot(report, arguments.plot)
+        write_json(arguments.json, content)
+    if arguments.plot is not None and content["results"]:
+        plot_bandwidth(content, arguments.plot)
     return 0
 
 
-def _measure(
-    arguments: argparse.Namespace, shapes: list[Shape], dtypes: list[torch.dtype], device: torch.device, progress: Progress
-) -> Report:
-    report = Report(_machine(arguments))
-    task = progress.add_task("steady read", total=len(shapes) * len(dtypes))
+def _measure(arguments: argparse.Namespace, cells: list[Any], device: torch.device, content: Content) -> None:
+    l2_bytes = 0
     if device.type == "cuda":
-        progress.refresh()
-        report.steady_read = {"tb_per_s": steady_read(device)}
-        torch.cuda.empty_cache()
-    settings = Settings(
-        num_rounds=arguments.rounds,
-        num_calls=arguments.calls,
-        seed=arguments.seed,
-        compile_deadline=time.monotonic() + arguments.compile_seconds,
-        compile=False,
-        progress=lambda text: None,
-    )
-    for shape in shapes:
-        for dtype in dtypes:
-            label = f"{shape} {str(dtype).removeprefix('torch.')}"
-            settings.progress = lambda text, label=label: progress.update(task, description=f"{label}: {text}", refresh=True)  # type: ignore[misc]
-            settings.compile = arguments.compile == "all" or (arguments.compile == "first" and shape == shapes[0])
-            result = measure(shape, dtype, device, settings)
-            if report.steady_read is not None:
-                result.floor_us = shape.weight_bytes / median(report.steady_read["tb_per_s"]) / 1e6
-            report.results.append(result)
-            progress.advance(task)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    report.validity = validity(report)
-    return report
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        content["steady_read"] = {"tb_per_s": steady_read(device)}
+    rate, begin = steady_rate(content), time.monotonic()
+    for position, (shape, dtype) in enumerate(cells):
+        torch.cuda.empty_cache()  # nothing without a GPU
+        floor_us = shape.weight_bytes / rate / 1e6 if rate else None
+        sizes = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim}
+        facts, tell = {**sizes, "dtype": dtype, "floor_us": floor_us}, functools.partial(_tell, f"{shape} {dtype}")
+        num_calls = arguments.calls or (calls_for(shape, l2_bytes) if l2_bytes else NUM_CPU_MACHINE_CALLS)
+        inputs = Inputs(shape, TORCH_DTYPES[dtype], device, num_calls, arguments.seed)
+        if not arguments.plans:
+            facts |= {"weight_bytes": shape.weight_bytes, "num_calls": num_calls}
+            content["results"].append({**facts, **measure(inputs, arguments.rounds, begin + arguments.compile_seconds, tell)})
+            continue
+        share = (begin + arguments.seconds - time.monotonic()) / (len(cells) - position)
+        rows, num_in_grid = plans.sweep(inputs, share, arguments.seed, tell)
+        content["plans"] = (content["plans"] or []) + [{**facts, **row} for row in rows]
+        new_console().print(plans.table(rows, f"{shape} {dtype}: us a call; {len(rows)} of {num_in_grid} plans tried", floor_us or 0.0))
 
 
-def _sweep(
-    arguments: argparse.Namespace,
-    shapes: list[Shape],
-    dtypes: list[torch.dtype],
-    device: torch.device,
-    progress: Progress,
-    console: Console,
-) -> Report:
-    report = Report(_machine(arguments), plans=[])
-    assert report.plans is not None
-    task = progress.add_task("plans", total=len(shapes) * len(dtypes))
-    for shape in shapes:
-        for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-
-            def tell(text: str, label: str = f"{shape} {name}") -> None:
-                progress.update(task, description=f"{label}: {text}", refresh=True)
-
-            rows = plans.sweep(shape, dtype, device, arguments.calls, arguments.seed, tell)
-            measured = {"shape": shape.name, "hidden_dim": shape.hidden_dim, "intermediate_dim": shape.intermediate_dim, "dtype": name}
-            report.plans += [{**measured, **row} for row in rows]
-            console.print(plans.table(rows, f"{shape} {name}: median microseconds a call, {len(rows)} plans; * fastest isolated"))
-            progress.advance(task)
-            torch.cuda.empty_cache()
-    return report
-
-
-def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    facts = machine.describe()
-    return {**facts, "commit": arguments.commit or facts["commit"]}
-
-
-def validity(report: Report) -> dict[str, Any]:
-    """Whether this machine's yardsticks are what they should be, where that is known: on an H200, at Pythia-2.8B's shape in float16."""
-    gpu = report.machine["gpu"]
-    if report.steady_read is None or gpu is None or "H200" not in gpu:
-        return {"valid": None, "reasons": [f"no yardsticks are known for {gpu or 'a machine without a GPU'}"]}
-    reasons = []
-    steady = median(report.steady_read["tb_per_s"])
-    if steady < H200_STEADY_TB_PER_S:
-        reasons.append(f"steady read {steady:.2f} TB/s, should be at least {H200_STEADY_TB_PER_S}")
-    size = PYTHIA_2B8.hidden_dim, PYTHIA_2B8.intermediate_dim
-    rows = [row for row in report.results if (row.hidden_dim, row.intermediate_dim) == size and row.dtype == "float16"]
-    if not rows:
-        return {"valid": False if reasons else None, "reasons": reasons or [f"{PYTHIA_2B8} in float16 was not measured"]}
-    for name, limit in (("read_only", H200_READ_ONLY_US), ("torch_graph", H200_TORCH_US)):
-        value = rows[0].median(name)
-        if value is None or value > limit:
-            reasons.append(f"{name} {'not measured' if value is None else f'{value:.2f} us'}, should be at most {limit}")
+def validity(content: Content) -> dict[str, Any]:
+    """Whether this machine reads as fast as its kind should, where that is known."""
+    gpu, rate = content["machine"]["gpu"] or "a machine without a GPU", steady_rate(content)
+    known = [least for name, least in LEAST_TB_PER_S.items() if name in gpu]
+    if rate is None or not known:
+        return {"valid": None, "reasons": [f"it is not known how fast {gpu} should read"]}
+    reasons = [f"steady read {rate:.2f} TB/s, should be at least {known[0]}: shared or throttled?"] * (rate < known[0])
     return {"valid": not reasons, "reasons": reasons}
 
 
-def _print(report: Report, num_rounds: int, console: Console) -> None:
-    if report.steady_read is not None:
-        console.print(f"{report.machine['gpu']}: steady read {median(report.steady_read['tb_per_s']):.2f} TB/s", highlight=False)
-    for result in report.results[: MAX_DETAILED if len(report.results) <= MAX_DETAILED else len(DTYPES)]:
+def _print(content: Content, num_rounds: int) -> None:
+    console, results = new_console(), content["results"]
+    for result in results[: MAX_DETAILED if len(results) <= MAX_DETAILED else len(TORCH_DTYPES)]:
         console.print(detail_table(result, num_rounds))
-    if report.steady_read is not None:
-        console.print(summary_table(report))
-    for reason in _reasons(report.results):
-        console.print(f"not measured: {reason}", highlight=False, markup=False, soft_wrap=True)
-    verdict = {True: "yes", False: "NO", None: "not known"}[report.validity["valid"]]
-    console.print(f"valid run: {verdict} {'; '.join(report.validity['reasons'])}", highlight=False, markup=False, soft_wrap=True)
+    if content["steady_read"]:
+        console.print(summary_table(content, console.width))
+        print(f"{content['machine']['gpu']}: steady read {steady_rate(content):.2f} TB/s")
+    missing = [f"{name}: {reason}" for result in results for name, reason in result["missing"].items()]
+    for text in dict.fromkeys(missing):
+        print(f"not measured: {text} ({missing.count(text)} of {len(results)} shapes and dtypes)")
+    verdict = {True: "yes", False: "NO", None: "not known"}[content["validity"]["valid"]]
+    print(": ".join(["valid run", verdict, *filter(None, ["; ".join(content["validity"]["reasons"])])]))
 
 
-def _reasons(results: list[Result]) -> list[str]:
-    """Each reason once, with the shapes it holds for."""
-    labels: dict[str, list[str]] = {}
-    for result in results:
-        for name, reason in result.missing.items():
-            labels.setdefault(f"{name}: {reason}", []).append(result.label)
-    return [f"{text} ({labels[text][0]}{f' and {len(labels[text]) - 1} more' if len(labels[text]) > 1 else ''})" for text in labels]
-
-
-def _refuse(message: str) -> int:
-    print(f"mlpdown bench op: {message}", file=sys.stderr)
-    return 2
+def _tell(label: str, text: str) -> None:
+    if sys.stderr.isatty():  # on a line that is written over
+        print(f"\r\033[K{label}: {text}", end="\r", file=sys.stderr, flush=True)

@@ -1,153 +1,137 @@
-"""``mlpdown bench op --plans``: a grid of plans, each checked bit for bit, then timed isolated and chained."""
+"""``mlpdown bench op --plans``: which plan is fastest at a shape? Every plan is checked bit for bit before it is timed.
+
+A sweep screens a grid of plans in random order, a few samples each, until its time is up. Then it times the best of them anew, in turns.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from rich import box
+from rich.box import SIMPLE
 from rich.table import Table
 
 from .. import native_backend
-from ..plan import (
-    BYTES_IN_FLIGHT,
-    MAX_STAGES,
-    NUM_SEGMENTS,
-    RESERVED_BYTES_PER_CTA,
-    ROWS_IN_REGISTERS,
-    ROWS_PER_STAGE,
-    Device,
-    Plan,
-    check_plan,
-    shared_memory_bytes,
-)
-from .chain import Captured, Chain, Oracle, calls_for, check_same_bits
+from ..plan import MAX_STAGES, REGISTERS_KERNELS, ROWS_PER_STAGE, Device, Plan, check_plan
+from ..tables import new_table
+from ..timing import Captured, Clock, median, time_rounds
+from .baselines import described
+from .inputs import Checks, Inputs, check_same_bits
 from .measure import native_layer, native_plans
-from .results import median
-from .shapes import Shape
-from .timing import time_replays
 
-NUM_ROUNDS = 10
-NUM_SHOWN = 20
-# Not eight, so that a sweep ends within minutes.
-GRID_CLUSTER_SIZES = (1, 2, 4)
-KILOBYTES_IN_FLIGHT = (20, 40, 80)
-GROUPS = (1, 2)
-GRID_CTAS_PER_SM = (3, 2, 1)
-
-
-def grid(shape: Shape, device: Device) -> list[Plan]:
-    """Plans that fit: all of the kernel that lands weights in registers; and of the ring every number of rows in clusters of one, two and
-    four, the activation in shared memory and where possible in registers, with one and two groups of warps, from as many stages as fit down
-    to two, of which one, 20, 40, 80 KB a CTA, or all are in flight; and with shares staggered by a row."""
-    plans = [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
-    for cluster_size, rows, num_groups, in_registers in itertools.product(GRID_CLUSTER_SIZES, ROWS_PER_STAGE, GROUPS, (False, True)):
-        num_warps = NUM_SEGMENTS // cluster_size * num_groups
-        ring = Plan(cluster_size, rows, 2, 1, num_warps, activation_in_registers=in_registers)
-        stage_bytes = rows * 2 * shape.intermediate_dim // cluster_size
-        for num_stages in _stage_counts(ring, num_groups, shape, device):
-            fewest = min(-(-BYTES_IN_FLIGHT // stage_bytes), num_stages - 1)
-            wanted = {1, fewest, num_stages, *(1024 * kilobytes // stage_bytes for kilobytes in KILOBYTES_IN_FLIGHT)}
-            for stages_in_flight in sorted(wanted):
-                if 1 <= stages_in_flight <= num_stages:
-                    plan = dataclasses.replace(ring, num_stages=num_stages, stages_in_flight=stages_in_flight)
-                    plans.append(plan)
-                    if in_registers and num_groups == 1 and stages_in_flight == fewest:
-                        plans.append(dataclasses.replace(plan, stagger_rows=1))
-    return [plan for plan in dict.fromkeys(plans) if _fits(plan, shape, device)]
+NUM_SCREENING_ROUNDS = 3
+NUM_FINAL_ROUNDS = 20
+NUM_SHOWN = 5
+NUM_FINALISTS = 10  # of the fastest chained, and of the fastest isolated
+SHORTEST_SPLIT_ROW = 8192  # shorter ones are not worth a cluster
+CLUSTER_SIZES = (1, 2, 4)
+CONSUMER_WARPS = (1, 2, 4, 8, 16)
+STAGES = (2, 3, 4, 5, 6, 8, 10, 12, 14, MAX_STAGES)
+STAGES_IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12)
+KINDS = ("chained", "isolated")
+RING = ("cluster_size", "rows_per_stage", "num_stages", "stages_in_flight", "num_consumer_warps")
+COLUMNS = dict(zip(("cl", "rows", "st", "fl", "warps", "act", "stag"), (*RING, "activation_in_registers", "stagger_rows"), strict=True))
+LEGEND = "cl: cluster size; st: stages; fl: stages (or vectors) in flight; act: activation in registers or shared; stag: rows staggered"
 
 
-def _stage_counts(ring: Plan, num_groups: int, shape: Shape, device: Device) -> list[int]:
-    """As many stages as fit with each number of CTAs on an SM, half of the most, and two. The groups must be able to share them out."""
-    counts = {2}
-    for num_ctas in GRID_CTAS_PER_SM:
-        limit = (device.shared_memory_per_block + RESERVED_BYTES_PER_CTA) // num_ctas - RESERVED_BYTES_PER_CTA
-        for num_stages in range(MAX_STAGES, 2, -1):
-            needed = shared_memory_bytes(dataclasses.replace(ring, num_stages=num_stages), shape.intermediate_dim)
-            if needed <= limit and num_stages % num_groups == 0:
-                counts.add(num_stages)
-                break
-    half = max(counts) // 2
-    return sorted(counts | ({half} if half > 2 and half % num_groups == 0 else set()), reverse=True)
+def grid(intermediate_dim: int, device: Device) -> list[Plan]:
+    """Every plan that fits: all of the registers kernel; of the ring, rows and groups of warps, stages and how many of them are in flight,
+    the activation in shared memory or in registers, shares staggered or not, and clusters where rows are long."""
+    plans = [Plan.in_registers(*kernel, num_consumer_warps=warps) for kernel in REGISTERS_KERNELS for warps in CONSUMER_WARPS]
+    cluster_sizes = CLUSTER_SIZES if intermediate_dim >= SHORTEST_SPLIT_ROW else CLUSTER_SIZES[:1]
+    members = (cluster_sizes, ROWS_PER_STAGE, STAGES, STAGES_IN_FLIGHT, CONSUMER_WARPS, (True, False), (0, 1))
+    for *ring, in_registers, stagger in itertools.product(*members):
+        plans.append(Plan(*ring, activation_in_registers=in_registers, stagger_rows=stagger))
+    fitting = []
+    for plan in plans:
+        with contextlib.suppress(ValueError):
+            check_plan(plan, intermediate_dim, device)
+            fitting.append(plan)
+    return fitting
 
 
-def sweep(
-    shape: Shape, dtype: torch.dtype, device: torch.device, num_calls: int | None, seed: int, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Time the grid; the fastest chained plan first. A plan that cannot be launched has ``error`` in place of times.
+def variants(plan: Plan) -> dict[str, Plan]:
+    """What a plan is timed as: chained with prefetch, and isolated."""
+    chained, isolated = (dataclasses.replace(plan, weight_prefetch=flag, dependent_launch=flag) for flag in (True, False))
+    return {"chained": chained, "isolated": isolated}
+
+
+def sweep(inputs: Inputs, seconds: float, seed: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
+    """Screen the grid for ``seconds``, then time the fastest anew.
+
+    Returns:
+        A row a plan: ``plan``, ``is_chosen`` (the plan that a caller gets), ``is_final``, and ``chained`` and ``isolated`` with a sample a
+        round in microseconds a call, or ``error`` of a plan that cannot be launched. Finalists first, the fastest chained first. And how
+        many plans there would be with more time.
 
     Raises:
         CheckError: a plan changes a bit.
     """
-    properties = native_backend.device_properties(device.index)
-    num_calls = num_calls or calls_for(shape, torch.cuda.get_device_properties(device).L2_cache_size)
-    chain = Chain.make(shape, dtype, device, num_calls, seed)
-    expected = chain.run(native_layer(native_plans(shape, device)["native_chained"]))
-    Oracle(chain).check_bits("the default plan", expected)
+    end = time.monotonic() + seconds
+    device, weight_shape = inputs.bias.device, inputs.weights[0].shape
+    chosen = native_plans(weight_shape, device)
+    expected = inputs.run(native_layer(chosen["native_chained"]))
+    Checks(inputs).check("the chosen plan", expected, bits=True)
+
+    def measure(rows: list[dict[str, Any]], num_rounds: int) -> None:
+        graphs = {}
+        for index, row in enumerate(rows):
+            for kind, variant in variants(Plan(**row["plan"])).items():
+                graphs[index, kind] = graph = Captured(functools.partial(inputs.run, native_layer(variant)))
+                graph.replay()
+                check_same_bits(f"{kind} under {variant}", graph.outs, expected)
+        replays = {key: graph.replay for key, graph in graphs.items()}
+        for (index, kind), samples in time_rounds(replays, Clock(device, "device"), num_rounds, len(inputs.weights)).items():
+            rows[index][kind] = samples
+
+    # The chosen ones come first, whatever time there is; the rest in an order that makes a sweep cut short a fair sample.
+    own = [variants(chosen[name])["isolated"] for name in ("native_chained_prefetch", "native_isolated")]
+    others = grid(weight_shape[1], native_backend.device_properties(device.index))
+    random.Random(seed).shuffle(others)
+    plans = list(dict.fromkeys([*own, *(variants(plan)["isolated"] for plan in others)]))
     rows: list[dict[str, Any]] = []
-    plans = grid(shape, properties)
-    for position, plan in enumerate(plans):
-        progress(f"plan {position + 1} of {len(plans)}")
-        row: dict[str, Any] = {"plan": dataclasses.asdict(plan)}
-        rows.append(row)
-        variants = {
-            "isolated": dataclasses.replace(plan, dependent_launch=False),
-            "chained": dataclasses.replace(plan, weight_prefetch=True),
-        }
+    for plan in plans:
+        if time.monotonic() >= end and plan not in own:
+            break
+        tell(f"plan {len(rows) + 1} of {len(plans)}")
+        rows.append({"plan": dataclasses.asdict(plan), "is_chosen": plan in own, "is_final": False})
         try:
-            chain.run_first(native_layer(plan))
-        except RuntimeError as error:  # what the launcher says: not one cluster of it fits
-            row["error"] = str(error).splitlines()[0]
-            continue
-        graphs = {name: Captured(functools.partial(chain.run, native_layer(variant))) for name, variant in variants.items()}
-        row.update(time_replays(graphs, NUM_ROUNDS, num_calls))
-        for name, graph in graphs.items():
-            check_same_bits(f"{name} under {plan}", graph.outs, expected)
-    return sorted(rows, key=lambda row: median(row["chained"]) if "chained" in row else float("inf"))
+            measure(rows[-1:], NUM_SCREENING_ROUNDS)
+        except RuntimeError as error:  # the launcher's words, if not one cluster of the plan fits
+            rows[-1]["error"] = described(error)
+    timed = [row for row in rows if "error" not in row]
+    fastest = [row for kind in KINDS for row in sorted(timed, key=lambda row: median(row[kind]))[:NUM_FINALISTS]]
+    finalists = [row for row in timed if row["is_chosen"] or row in fastest]
+    tell(f"{len(finalists)} finalists")
+    measure(finalists, NUM_FINAL_ROUNDS)
+    for row in finalists:
+        row["is_final"] = True
+    rows.sort(key=lambda row: (not row["is_final"], median(row["chained"]) if "chained" in row else float("inf")))
+    return rows, len(plans)
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The fastest plans chained and the fastest isolated, in the order of :func:`sweep`; and those that were refused, without times."""
-    timed = [row for row in rows if "isolated" in row]
-    by_isolated = sorted(timed, key=lambda row: median(row["isolated"]))
-    shown = [row for row in rows if row in timed[:NUM_SHOWN] or row in by_isolated[:NUM_SHOWN] or "error" in row]
-    result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    ring = {
-        "cluster": "cluster_size",
-        "rows/stage": "rows_per_stage",
-        "stages": "num_stages",
-        "in flight": "stages_in_flight",
-        "warps": "num_consumer_warps",
-        "activation": "activation_in_registers",
-        "stagger": "stagger_rows",
-    }
-    for heading in ("registers", *ring, "chained us", "isolated us"):
-        result.add_column(heading, justify="right")
-    for row in shown:
-        plan = row["plan"]
-        in_registers = plan["rows_in_registers"]
-        cells = [str(in_registers), *[""] * len(ring)] if in_registers else ["", *(_cell(name, plan[name]) for name in ring.values())]
-        if "error" in row:
-            cells += [row["error"], ""]
-        else:
-            cells += [f"{median(row['chained']):.2f}", f"{median(row['isolated']):.2f}{' *' if row is by_isolated[0] else ''}"]
-        result.add_row(*cells)
+def table(rows: list[dict[str, Any]], title: str, floor_us: float) -> Table:
+    """The fastest finalists chained with prefetch, the fastest isolated, and the chosen plans; times with their ratio to the floor."""
+    options = {"caption": LEGEND, "caption_justify": "left", "box": SIMPLE, "padding": 0}
+    result = new_table(f"{title}; floor {floor_us:.2f}", "", *COLUMNS, "chained, prefetch", "isolated", **options)
+    final = [row for row in rows if row["is_final"]]
+    sections = [[("chosen now", row) for row in final if row["is_chosen"]]]
+    for kind in KINDS:
+        fastest = sorted(final, key=lambda row: median(row[kind]))[:NUM_SHOWN]
+        sections.append([(f"{kind} {rank}", row) for rank, row in enumerate(fastest, 1)])
+    for section in sections:
+        for label, row in section:
+            plan = {**row["plan"], "activation_in_registers": "reg" if row["plan"]["activation_in_registers"] else "sh"}
+            cells = [str(plan[name]) for name in COLUMNS.values()]
+            if plan["rows_in_registers"]:
+                kernel = plan["rows_in_registers"], "", plan["vectors_in_flight"], plan["num_consumer_warps"]
+                cells = ["reg.", *map(str, kernel), "", ""]
+            result.add_row(label, *cells, *(f"{median(row[kind]):.2f} ({median(row[kind]) / floor_us:.3f})" for kind in KINDS))
+        result.add_section()
     return result
-
-
-def _cell(name: str, value: int) -> str:
-    if name == "activation_in_registers":
-        return "registers" if value else "shared"
-    return str(value)
-
-
-def _fits(plan: Plan, shape: Shape, device: Device) -> bool:
-    try:
-        check_plan(plan, shape.intermediate_dim, device)
-    except ValueError:
-        return False
-    return True

@@ -1,15 +1,14 @@
-"""The shapes that are measured: the MLP down projections of models that people run."""
+"""The shapes that are measured: the MLP down projections of models that people run, and other linear layers, whose rows are short."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from typing import NamedTuple
 
-BYTES_PER_ELEMENT = 2
+from ..plan import BYTES_PER_ELEMENT
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """``weight`` is ``[hidden_dim, intermediate_dim]`` in 16 bits."""
 
     name: str
@@ -26,37 +25,27 @@ class Shape:
         return size if self.name == size else f"{self.name} {size}"
 
 
-PYTHIA_2B8 = Shape("pythia-2.8b", 2560, 10240)
-SHAPES = (
-    Shape("pythia-70m", 512, 2048),
-    Shape("pythia-160m", 768, 3072),
-    Shape("pythia-410m", 1024, 4096),
-    Shape("pythia-1b", 2048, 8192),
-    PYTHIA_2B8,
-    Shape("pythia-6.9b", 4096, 16384),
-    Shape("pythia-12b", 5120, 20480),
-    Shape("llama-2-7b", 4096, 11008),
-    Shape("llama-3-8b", 4096, 14336),
-    Shape("qwen2-7b", 3584, 18944),
-)
+def _read(text: str) -> Shape:
+    name, hidden_dim, intermediate_dim = re.fullmatch(r"(?:(\S+) )?(\d+)x(\d+)", text).groups()  # type: ignore[union-attr]
+    return Shape(name or text, int(hidden_dim), int(intermediate_dim))
+
+
+PYTHIA_2B8 = _read("pythia-2.8b 2560x10240")
+_PYTHIA = "pythia-70m 512x2048,pythia-160m 768x3072,pythia-410m 1024x4096,pythia-1b 2048x8192"
+_PYTHIA += f",{PYTHIA_2B8},pythia-6.9b 4096x16384,pythia-12b 5120x20480"
+SHAPES = tuple(map(_read, f"{_PYTHIA},llama-2-7b 4096x11008,llama-3-8b 4096x14336,qwen2-7b 3584x18944".split(",")))
+# Of Pythia-2.8B the up projection, query, key and value, and the attention's output projection; and a square.
+SHORT_SHAPES = tuple(map(_read, ["up-2.8b 10240x2560", "qkv-2.8b 7680x2560", "proj-2.8b 2560x2560", "4096x4096"]))
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """``all``, or names and ``HIDDENxINTERMEDIATE`` sizes with commas. Raises ValueError for anything else."""
-    if text == "all":
-        return list(SHAPES)
-    by_name = {shape.name: shape for shape in SHAPES}
-    by_size = {(shape.hidden_dim, shape.intermediate_dim): shape for shape in SHAPES}
-    shapes = []
-    for word in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)", word)
-        if word in by_name:
-            shapes.append(by_name[word])
-        elif match:
-            size = int(match[1]), int(match[2])
-            if size[0] < 1 or size[1] < 8 or size[1] % 8:
-                raise ValueError(f"intermediate_dim of a shape must be a positive multiple of 8, got {word!r}")
-            shapes.append(by_size.get(size, Shape(word, *size)))
-        else:
-            raise ValueError(f"shape must be 'all', HIDDENxINTERMEDIATE or one of {', '.join(by_name)}, got {word!r}")
+    """``all``, ``short``, or names and ``HIDDENxINTERMEDIATE`` sizes with commas. Raises ValueError for anything else."""
+    known = {key: shape for shape in (*SHAPES, *SHORT_SHAPES) for key in (shape.name, str(shape).split()[-1])}
+    shapes = list({"all": SHAPES, "short": SHORT_SHAPES}.get(text, ()))
+    for word in [] if shapes else text.split(","):
+        if word not in known and re.fullmatch(r"\d+x\d+", word) is None:
+            raise ValueError(f"shape must be all, short, HIDDENxINTERMEDIATE or one of {', '.join(known)}, got {word!r}")
+        shapes.append(known.get(word) or _read(word))
+        if shapes[-1].hidden_dim < 1 or shapes[-1].intermediate_dim < 8 or shapes[-1].intermediate_dim % 8:
+            raise ValueError(f"intermediate_dim of a shape must be a positive multiple of 8, got {word!r}")
     return shapes

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import BuildError
 
@@ -65,99 +65,131 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LibraryInfo:
     """A library with its manifest. Whether the two belong together, :func:`verify` says."""
 
-    folder: Path
+    path: Path
+    origin: str
+    """``prebuilt`` (came with the package), ``cached``, or ``built`` (just now)."""
     manifest: Manifest
 
-    @property
-    def library(self) -> Path:
-        return self.folder / LIBRARY_NAME
+    @classmethod
+    def read(cls, folder: Path, origin: str) -> LibraryInfo:
+        """The library in a folder. Raises OSError or ValueError if there is no manifest, or none that can be read."""
+        return cls(folder / LIBRARY_NAME, origin, Manifest.from_json((folder / MANIFEST_NAME).read_text()))
 
 
 def cache_folder() -> Path:
-    """The cache folder: ``MLPDOWN_CACHE_DIR``, else ``~/.cache/mlpdown``, else, without a home folder, one of this user's in the
-    system's folder for temporary files. It need not exist."""
+    """The cache folder: ``MLPDOWN_CACHE_DIR``, else ``~/.cache/mlpdown``, else, where no home folder can be used, one of this user's in
+    the system's folder for temporary files. It need not exist.
+
+    Raises:
+        BuildError: ``MLPDOWN_CACHE_DIR`` is in the home folder of somebody who does not exist.
+    """
     named = os.environ.get("MLPDOWN_CACHE_DIR")
     if named:
-        return Path(named).expanduser().absolute()
-    try:
-        home = Path.home()
-    except RuntimeError:  # neither HOME nor an entry in the password database
-        home = None
-    if home is not None and home.is_dir():
-        return home / ".cache" / "mlpdown"
+        try:
+            return Path(named).expanduser().absolute()
+        except RuntimeError as error:
+            raise BuildError(f"the cache folder {named} cannot be: {error}; {CHOOSE_ANOTHER}") from error
+    home = Path(os.path.expanduser("~"))  # "~" itself, where nobody knows of a home
+    folder = home / ".cache" / "mlpdown"
+    nearest = next((place for place in (folder, folder.parent, home) if os.path.isdir(place)), None)
+    needed = os.R_OK | os.X_OK if nearest == folder else os.W_OK | os.X_OK
+    if home.is_absolute() and nearest is not None and os.access(nearest, needed):
+        return folder
     return Path(tempfile.gettempdir()) / f"mlpdown-{os.getuid()}"
 
 
 def check_trust(folder: Path) -> None:
     """Raise BuildError if somebody else could have put a library there. A folder that does not exist is fine."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise BuildError(f"the cache folder {folder} {reason}; {CHOOSE_ANOTHER}")
+
     for place in (folder, *folder.parents):
         try:
-            status = place.lstat() if place == folder else place.stat()
+            mode = place.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except PermissionError as error:
-            raise BuildError(
-                f"the cache folder {folder} cannot be looked into ({place}: {error.strerror}); {CHOOSE_ANOTHER}"
-            ) from error
-        writable_by_all = bool(status.st_mode & stat.S_IWOTH)
-        if place != folder:
-            if writable_by_all and not status.st_mode & stat.S_ISVTX:
-                raise BuildError(
-                    f"the cache folder {folder} is not trusted: anybody can write to {place}; {CHOOSE_ANOTHER}"
-                )
-            continue
-        if stat.S_ISLNK(status.st_mode):
-            status = place.stat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise BuildError(f"the cache folder {folder} is not a folder; remove it, or {CHOOSE_ANOTHER}")
-        if status.st_uid not in (os.getuid(), 0):
-            raise BuildError(
-                f"the cache folder {folder} is not trusted: it belongs to user id {status.st_uid}, you are {os.getuid()}; {CHOOSE_ANOTHER}"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = stat.S_IMODE(status.st_mode)
-            raise BuildError(
-                f"the cache folder {folder} is not trusted: others can write to it (mode {mode:o}); chmod go-w it, or {CHOOSE_ANOTHER}"
-            )
+        except OSError as error:
+            refuse(f"cannot be looked into ({place}: {error.strerror})")
+        if place != folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            refuse(f"is not trusted: anybody can write to {place}")
+    if not folder.exists():
+        return
+    status = folder.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        refuse("is not a folder: remove it")
+    if status.st_uid not in (os.getuid(), 0):
+        refuse(f"is not trusted: it belongs to user id {status.st_uid}, you are {os.getuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        refuse(f"is not trusted: others can write to it (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w it")
 
 
-def create(folder: Path) -> None:
-    """Make the cache folder, private to the user. Raises BuildError if that cannot be."""
-    with report_os_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-    check_trust(folder)
-
-
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path) -> list[LibraryInfo]:
     """Every readable entry, newest first. A broken one is not an entry."""
     check_trust(folder)
     found = []
     try:
-        paths = [path for path in folder.iterdir() if (path / MANIFEST_NAME).is_file()]
+        paths = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except PermissionError as error:
+    except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be read ({error.strerror}); {CHOOSE_ANOTHER}") from error
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            found.append((path.stat().st_mtime, Entry(path, Manifest.from_json((path / MANIFEST_NAME).read_text()))))
+            found.append((path.stat().st_mtime, LibraryInfo.read(path, "cached")))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def verify(entry: Entry) -> str | None:
+def verify(entry: LibraryInfo) -> str | None:
     """What is wrong with an entry's library; None if it is the one that was built."""
     try:
-        content = entry.library.read_bytes()
+        content = entry.path.read_bytes()
     except OSError as error:
-        return f"{entry.library} cannot be read ({error.strerror})"
+        return f"{entry.path} cannot be read ({error.strerror})"
     if checksum(content) != entry.manifest.checksum:
-        return f"{entry.library} is corrupted: its checksum is not its manifest's"
+        return f"{entry.path} is corrupted: its checksum is not its manifest's"
     return None
+
+
+@contextlib.contextmanager
+def building_folder(key: str) -> Iterator[Path]:
+    """A folder to build ``key`` in, inside the cache folder, so that publishing is a rename. Other builders of this key wait.
+
+    Raises:
+        BuildError: the cache folder cannot be used, or the lock cannot be had (no locks in this file system, half an hour has passed).
+    """
+    folder = cache_folder()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        check_trust(folder)
+        with _lock(folder / f"{key}.lock"):
+            prefix = f".building-{key}-"
+            for leftover in folder.glob(f"{prefix}*"):  # of a killed build: we hold its lock
+                shutil.rmtree(leftover, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+            try:
+                yield building
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"the cache folder {folder} cannot be written ({error}); make room, or {CHOOSE_ANOTHER}") from error
+
+
+def publish(building: Path, key: str, library: Path, manifest: Manifest) -> LibraryInfo:
+    """Make ``library``, a file in the folder that is built in, the entry ``key``, whole or not at all."""
+    whole, destination = building / "entry", building.parent / key
+    whole.mkdir(mode=0o700)
+    os.replace(library, whole / LIBRARY_NAME)
+    (whole / MANIFEST_NAME).write_text(manifest.to_json())
+    if destination.exists():
+        destination.rename(building / "replaced")  # processes that have it loaded keep it
+    whole.rename(destination)
+    return LibraryInfo(destination / LIBRARY_NAME, "built", manifest)
 
 
 def checksum(content: bytes) -> str:
@@ -165,93 +197,31 @@ def checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@contextlib.contextmanager
-def lock(folder: Path, key: str, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of one key. ``waiting`` is told, once, whom we wait for.
+def say(text: str) -> None:
+    """What a build shows: a line on standard error, so that output can be piped."""
+    print(f"mlpdown: {text}", file=sys.stderr, flush=True)
 
-    Raises:
-        BuildError: the lock cannot be had (a file system without locks, or half an hour has passed).
-    """
-    path = folder / f"{key}.lock"
-    with report_os_errors(folder):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        _acquire(descriptor, path, waiting)
-        with report_os_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        deadline, told = time.monotonic() + LOCK_LIMIT_SECONDS, False
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if not told:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                say(f"another process{f' ({holder})' if holder else ''} is building {path.stem}; waiting for it")
+                told = True
+            if time.monotonic() > deadline:
+                raise BuildError(
+                    f"another process has held {path} for over {LOCK_LIMIT_SECONDS:.0f} s; end it, or {CHOOSE_ANOTHER}"
+                )
+            time.sleep(_LOCK_POLL_SECONDS)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)  # releases the lock; the file stays, because removing it would let two builders in
-
-
-@contextlib.contextmanager
-def building_folder(folder: Path, key: str) -> Iterator[Path]:
-    """A folder to build in, beside the entries, so that publishing it is a rename. Call with the lock held: leftovers of killed
-    builds of this key are removed."""
-    prefix = f".building-{key}-"
-    for leftover in folder.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with report_os_errors(folder):
-        building = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    try:
-        yield building
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def publish(folder: Path, key: str, library: Path, manifest: Manifest) -> Entry:
-    """Make ``library`` the entry ``key``, whole or not at all. Call with the lock held."""
-    destination = folder / key
-    with report_os_errors(folder), building_folder(folder, f"{key}-entry") as staging:
-        whole, replaced = staging / "entry", staging / "replaced"
-        whole.mkdir(mode=0o700)
-        shutil.copyfile(library, whole / LIBRARY_NAME)
-        (whole / MANIFEST_NAME).write_text(manifest.to_json())
-        if destination.exists():
-            destination.rename(replaced)  # processes that have it loaded keep it
-        whole.rename(destination)
-    return Entry(destination, manifest)
-
-
-@contextlib.contextmanager
-def report_os_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError in the cache folder into a BuildError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.EROFS: "is on a read-only file system",
-            errno.EACCES: "cannot be written",
-            errno.EPERM: "cannot be written",
-            errno.ENOSPC: "has no space left",
-            errno.EDQUOT: "has no space left (quota)",
-            errno.ENOTDIR: "lies under a file",
-            errno.EEXIST: "is not a folder",
-        }
-        reason = reasons.get(error.errno or 0, "cannot be used")
-        raise BuildError(f"the cache folder {folder} {reason} ({error}); make room, or {CHOOSE_ANOTHER}") from error
-
-
-def _acquire(descriptor: int, path: Path, waiting: Callable[[str], None]) -> None:
-    deadline = time.monotonic() + LOCK_LIMIT_SECONDS
-    told = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise BuildError(
-                f"{path} cannot be locked ({error.strerror}): the file system has no locks; {CHOOSE_ANOTHER}"
-            ) from error
-        if not told:
-            told = True
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            waiting(f"another process{f' ({holder})' if holder else ''} is building the library; waiting for it")
-        if time.monotonic() > deadline:
-            raise BuildError(
-                f"another process has held {path} for over {LOCK_LIMIT_SECONDS:.0f} s; end it, or {CHOOSE_ANOTHER}"
-            )
-        time.sleep(_LOCK_POLL_SECONDS)

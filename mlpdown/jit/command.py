@@ -6,16 +6,11 @@ import argparse
 import json
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
 from . import library, targets
-from .cache import Manifest
-
-REPORT_COLUMNS = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``mlpdown build``."""
     parser.add_argument(
         "--arch",
         action="append",
@@ -23,14 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to build for: {', '.join(targets.ALL_TARGETS)} or all; may be given again "
         "(default: the GPUs of this machine; without one, all)",
     )
-    parser.add_argument("--force", action="store_true", help="build even if the cache has this library")
-    parser.add_argument(
-        "--report", action="store_true", help="print registers, spills and shared memory of every kernel"
-    )
+    parser.add_argument("--force", action="store_true", help="build even if there is a library for these targets")
+    parser.add_argument("--report", action="store_true", help="print registers, local and shared memory of every kernel")
     parser.add_argument("--json", action="store_true", help="print the library's path and manifest as JSON")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    """Find or build the library, and print where it is; 2 for a target that there is not."""
     try:
         requested = targets.parse_targets(arguments.arch) if arguments.arch else None
     except ValueError as error:
@@ -38,38 +32,22 @@ def main(arguments: argparse.Namespace) -> int:
         return 2
     if requested is None:
         requested = targets.targets_for_devices(targets.present_capabilities())
-    info = library.build(requested, force=arguments.force, for_this_machine=arguments.arch is None)
+    found = None if arguments.force else library.find()[0]
+    if found is not None and set(requested) <= set(found.manifest.targets):
+        info = found
+    else:
+        info = library.build(requested, force=arguments.force, for_this_machine=arguments.arch is None)
+    manifest = info.manifest
     if arguments.json:
-        print(
-            json.dumps(
-                {"path": str(info.path), "origin": info.origin, "manifest": json.loads(info.manifest.to_json())},
-                indent=1,
-            )
-        )
+        manifest_values = json.loads(manifest.to_json())
+        print(json.dumps({"path": str(info.path), "origin": info.origin, "manifest": manifest_values}, indent=1))
         return 0
-    print(f"{info.path} ({info.origin}; {', '.join(info.manifest.targets)}; {info.path.stat().st_size / 1e6:.2f} MB)")
+    if info is found:
+        print(f"The {info.origin} library has {', '.join(requested)}: nothing to build.")
+    print(f"{info.path} ({info.origin}; {', '.join(manifest.targets)}; {info.path.stat().st_size / 1e6:.2f} MB)")
     if arguments.report:
-        console = Console()
-        # A file or a pipe has no width of its own; the table has one column for each target.
-        wide = console if console.is_terminal else Console(width=REPORT_COLUMNS)
-        wide.print(resource_table(info.manifest))
+        print("target registers local_bytes static_shared_bytes kernel<dtype, compile-time values of the plan>")
+        for kernel in manifest.kernels:
+            local_bytes = sum(kernel[name] for name in ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "local_bytes"))
+            print(f"{kernel['target']:6} {kernel['registers']:9} {local_bytes:11} {kernel['static_shared_bytes']:19} {kernel['kernel']}")
     return 0
-
-
-def resource_table(manifest: Manifest) -> Table:
-    """The resources of each kernel, one row a kernel, one column a target."""
-    machine_targets = [target for target in manifest.targets if target.startswith("sm_")]
-    rows: dict[str, dict[str, str]] = {}
-    for kernel in manifest.kernels:
-        in_local_memory = (
-            kernel["spill_store_bytes"] + kernel["spill_load_bytes"] + kernel["stack_bytes"] + kernel["local_bytes"]
-        )
-        cell = f"{kernel['registers']} / {in_local_memory} / {kernel['static_shared_bytes']}"
-        rows.setdefault(kernel["kernel"], {})[kernel["target"]] = cell
-    table = Table(title="registers a thread / bytes of spills, stack and local memory / bytes of static shared memory")
-    table.add_column("kernel<dtype, compile-time values of the plan>", no_wrap=True)
-    for target in machine_targets:
-        table.add_column(target, justify="right")
-    for name, cells in sorted(rows.items()):
-        table.add_row(name, *(cells.get(target, "") for target in machine_targets))
-    return table

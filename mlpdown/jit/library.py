@@ -11,27 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cache, compile, driver, report, targets, toolchain
-from .cache import Entry, Manifest
-from .display import Display
+from . import cache, compile, report, targets, toolchain
+from .cache import LibraryInfo, Manifest
 from .errors import BuildError
-from .sources import Sources, embedded_hash, package_sources
+from .sources import Sources, embedded_hash, native_folder, package_sources
 
 logger = logging.getLogger("mlpdown")
 
 NUM_DTYPES = 2
 FAILURE_LOG = "last-failure.log"
-
-
-@dataclasses.dataclass(frozen=True)
-class LibraryInfo:
-    """The native library in use."""
-
-    path: Path
-    origin: str
-    """``prebuilt`` (came with the package), ``cached``, or ``built`` (just now)."""
-    manifest: Manifest
-
 
 _loaded: LibraryInfo | None = None
 _failure: BuildError | None = None
@@ -44,6 +32,8 @@ def load() -> LibraryInfo:
     Raises:
         BuildError: there is no library for this source and machine, and none could be built.
     """
+    import torch
+
     global _loaded, _failure
     with _load_lock:
         if _loaded is not None:
@@ -52,17 +42,15 @@ def load() -> LibraryInfo:
             raise _failure
         try:
             info = find_or_build()
-            _register(info.path)
+            torch.ops.load_library(str(info.path))
         except BuildError as error:
             _failure = error
             raise
+        except OSError as error:  # whatever it is: there are other backends
+            _failure = BuildError(f"the native library cannot be found, built or loaded: {error}")
+            raise _failure from error
         _loaded = info
         return info
-
-
-def loaded() -> LibraryInfo | None:
-    """The library that this process has loaded, if it has."""
-    return _loaded
 
 
 def find_or_build() -> LibraryInfo:
@@ -87,26 +75,30 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
     sources = package_sources()
     capabilities = targets.present_capabilities()
     refusals: list[str] = []
-    prebuilt = _prebuilt(sources)
-    if prebuilt is not None:
-        refusal = _refusal(prebuilt, sources, capabilities)
+    folder = prebuilt_folder()
+    if (folder / cache.LIBRARY_NAME).is_file():
+        try:
+            prebuilt = LibraryInfo.read(folder, "prebuilt")
+            refusal = _refusal(prebuilt, sources, capabilities)
+        except (OSError, ValueError) as error:
+            refusal = f"its manifest cannot be read ({error}); reinstall mlpdown"
         if refusal is None:
-            return LibraryInfo(prebuilt.library, "prebuilt", prebuilt.manifest), refusals
+            return prebuilt, refusals
         refusals.append(f"the prebuilt library is not used: {refusal}")
-    compiler = _compiler_identity()
+    compiler = None  # with nothing to build with, a library made elsewhere, of the same source, is as good
+    with contextlib.suppress(BuildError):
+        compiler = toolchain.find_toolchain().identity
     for entry in cache.entries(cache.cache_folder()):
         manifest = entry.manifest
         if manifest.source_hash != sources.source_hash or manifest.flags != compile.flags_identity():
             continue  # of another version: nothing to say
-        if compiler is not None and manifest.compiler != compiler:
-            refusals.append(
-                f"the cached library in {entry.folder} is not used: made by {manifest.compiler}, here is {compiler}"
-            )
-            continue
-        refusal = _refusal(entry, sources, capabilities)
+        if compiler not in (None, manifest.compiler):
+            refusal = f"made by {manifest.compiler}, here is {compiler}"
+        else:
+            refusal = _refusal(entry, sources, capabilities)
         if refusal is None:
-            return LibraryInfo(entry.library, "cached", manifest), refusals
-        refusals.append(f"the cached library in {entry.folder} is not used: {refusal}")
+            return entry, refusals
+        refusals.append(f"the cached library in {entry.path.parent} is not used: {refusal}")
     return None, refusals
 
 
@@ -115,9 +107,8 @@ def build(
     *,
     force: bool = False,
     for_this_machine: bool = True,
-    sources: Sources | None = None,
 ) -> LibraryInfo:
-    """Build for these targets into the cache, and show progress; an entry that is there already is taken, unless ``force``.
+    """Build for these targets into the cache, and say so; an entry that is there already is taken, unless ``force``.
 
     Args:
         requested_targets: as :data:`mlpdown.jit.targets.ALL_TARGETS`. Those that the compiler does not know yet are left out.
@@ -126,48 +117,41 @@ def build(
     Raises:
         BuildError: no compiler, a compile error, a kernel that spills, a cache folder that cannot be used.
     """
-    sources = package_sources() if sources is None else sources
+    sources = package_sources()
     tools = toolchain.find_toolchain(for_this_machine=for_this_machine)
     built_targets = targets.targets_for_compiler(requested_targets, tools.nvcc_version)
-    targets.require_any(built_targets, tools.nvcc_version, requested_targets)
-    key = build_key(sources, tools.identity, built_targets)
-    folder = cache.cache_folder()
-    cache.create(folder)
-    with Display() as display, cache.lock(folder, key, display.say):
-        existing = next((entry for entry in cache.entries(folder) if entry.folder.name == key), None)
+    depends_on = [sources.source_hash, compile.flags_identity(), tools.identity, *built_targets]
+    key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:32]
+    with cache.building_folder(key) as building:
+        folder = building.parent
+        existing = next((entry for entry in cache.entries(folder) if entry.path.parent.name == key), None)
         if existing is not None and not force and _refusal(existing, sources, []) is None:
-            return LibraryInfo(existing.library, "cached", existing.manifest)
-        display.say(
+            return existing
+        cache.say(
             f"building the native library for {', '.join(built_targets)} with {tools.nvcc} ({tools.nvcc_build}, from {tools.origin})"
         )
         started = time.monotonic()
-        with cache.building_folder(folder, key) as building:
-            try:
-                with cache.report_os_errors(folder):
-                    library, log = compile.compile_library(sources, tools, built_targets, building, display.step)
-            except compile.CompileError as error:
-                raise BuildError(f"{error}{_keep_log(folder, error.log)}") from error
-            kernels = report.parse(log)
-            report.check(kernels, built_targets, num_kernels(sources))
-            manifest = Manifest(
-                source_hash=sources.source_hash,
-                flags=compile.flags_identity(),
-                compiler=tools.identity,
-                cuda_version=tools.nvcc_version,
-                targets=built_targets,
-                checksum=cache.checksum(library.read_bytes()),
-                build_seconds=round(time.monotonic() - started, 2),
-                kernels=[dataclasses.asdict(kernel) for kernel in kernels],
-            )
-            entry = cache.publish(folder, key, library, manifest)
-        display.say(f"built in {manifest.build_seconds:.1f} s: {entry.library}")
-    return LibraryInfo(entry.library, "built", manifest)
-
-
-def build_key(sources: Sources, compiler: str, built_targets: Sequence[str]) -> str:
-    """The name of a build: a hash of all that it depends on."""
-    text = "\n".join([sources.source_hash, compile.flags_identity(), compiler, *built_targets])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+        try:
+            library, log = compile.compile_library(sources, tools, built_targets, building)
+        except compile.CompileError as error:
+            path = folder / FAILURE_LOG
+            path.write_text(error.log)
+            raise BuildError(f"{error}\nThe whole output: {path}") from error
+        kernels = report.parse(log)
+        report.check(kernels, built_targets, num_kernels(sources))
+        manifest = Manifest(
+            source_hash=sources.source_hash,
+            flags=compile.flags_identity(),
+            compiler=tools.identity,
+            cuda_version=tools.nvcc_version,
+            targets=built_targets,
+            checksum=cache.checksum(library.read_bytes()),
+            build_seconds=round(time.monotonic() - started, 2),
+            kernels=[dataclasses.asdict(kernel) for kernel in kernels],
+        )
+        info = cache.publish(building, key, library, manifest)
+    cache.say(f"built in {manifest.build_seconds:.1f} s: {info.path}")
+    return info
 
 
 def num_kernels(sources: Sources) -> int:
@@ -177,24 +161,10 @@ def num_kernels(sources: Sources) -> int:
 
 def prebuilt_folder() -> Path:
     """Where a wheel carries its library."""
-    from .sources import native_folder
-
     return native_folder() / "prebuilt"
 
 
-def _prebuilt(sources: Sources) -> Entry | None:
-    folder = prebuilt_folder()
-    if not (folder / cache.LIBRARY_NAME).is_file():
-        return None
-    try:
-        return Entry(folder, Manifest.from_json((folder / cache.MANIFEST_NAME).read_text()))
-    except (OSError, ValueError) as error:
-        raise BuildError(
-            f"the prebuilt library in {folder} has no readable manifest ({error}); reinstall mlpdown"
-        ) from error
-
-
-def _refusal(entry: Entry, sources: Sources, capabilities: Sequence[targets.ComputeCapability]) -> str | None:
+def _refusal(entry: LibraryInfo, sources: Sources, capabilities: Sequence[targets.ComputeCapability]) -> str | None:
     """Why a library cannot be used for these sources on these GPUs; None if it can."""
     manifest = entry.manifest
     if manifest.source_hash != sources.source_hash:
@@ -202,43 +172,12 @@ def _refusal(entry: Entry, sources: Sources, capabilities: Sequence[targets.Comp
             f"it was made from other sources (hash {manifest.source_hash[:12]}, the sources here have {sources.source_hash[:12]}); "
             "build anew, or reinstall mlpdown"
         )
-    unserved = [capability for capability in capabilities if capability >= targets.MINIMUM_COMPUTE_CAPABILITY]
-    unserved = [capability for capability in unserved if not targets.serves(manifest.targets, capability)]
-    if unserved:
-        return (
-            f"it holds {', '.join(manifest.targets)}, the GPU has compute capability {unserved[0][0]}.{unserved[0][1]}"
-        )
-    driver_refusal = driver.refusal(manifest.cuda_version) if capabilities else None
-    if driver_refusal is not None:
-        return driver_refusal
-    broken = cache.verify(entry)
-    if broken is not None:
-        return broken
-    if embedded_hash(entry.library.read_bytes()) != sources.source_hash:
+    for capability in capabilities:
+        if capability >= targets.MINIMUM_COMPUTE_CAPABILITY and not targets.serves(manifest.targets, capability):
+            return f"it holds {', '.join(manifest.targets)}, the GPU has compute capability {'.'.join(map(str, capability))}"
+    refusal = (toolchain.driver_refusal(manifest.cuda_version) if capabilities else None) or cache.verify(entry)
+    if refusal is not None:
+        return refusal
+    if embedded_hash(entry.path.read_bytes()) != sources.source_hash:
         return "the hash inside it is not that of the sources"
     return None
-
-
-def _compiler_identity() -> str | None:
-    try:
-        return toolchain.find_toolchain().identity
-    except BuildError:
-        return None  # nothing to build with: a library made elsewhere, of the same source, is as good
-
-
-def _keep_log(folder: Path, log: str) -> str:
-    """Keep the whole output of a failed build; says where."""
-    path = folder / FAILURE_LOG
-    with contextlib.suppress(OSError):  # the error itself matters more than its log
-        path.write_text(log)
-        return f"\nThe whole output: {path}"
-    return ""
-
-
-def _register(path: Path) -> None:
-    import torch
-
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise BuildError(f"the native library {path} does not load: {error}") from error

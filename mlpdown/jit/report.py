@@ -15,7 +15,7 @@ _STACK = re.compile(
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(?P<shared>\d+) bytes smem")
 _LOCAL = re.compile(r"(?P<local>\d+) bytes lmem")
-# mlp_down<Float16, 4u, 2u> and the like, as the Itanium C++ ABI spells them.
+# ring<Float16, 4u, 2u, 0u> and the like, as the Itanium C++ ABI spells them.
 _KERNEL = re.compile(r"_Z\d+(?P<name>[a-z]\w*?)I\d+(?P<dtype>B?Float16)(?P<numbers>(?:Lj\d+E)+)E")
 
 
@@ -79,7 +79,7 @@ def check(kernels: Sequence[KernelResources], targets: Sequence[str], num_kernel
 
 
 def kernel_name(symbol: str) -> str:
-    """``mlp_down<Float16, 4, 2>`` from its mangled name; other symbols as they are."""
+    """``ring<Float16, 4, 2, 0>`` from its mangled name; other symbols as they are."""
     match = _KERNEL.match(symbol)
     if match is None:
         return symbol

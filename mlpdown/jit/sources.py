@@ -37,24 +37,27 @@ def native_folder() -> Path:
     """The folder of the native sources: ``native/`` of a checkout, ``mlpdown/native/`` of an installation.
 
     Raises:
-        BuildError: it is not there, or holds no sources.
+        BuildError: it is no folder (the package is imported from a zip file).
     """
     # The package's metadata maps mlpdown.native to native/, in editable installations too.
-    return Path(next(iter(importlib.import_module("mlpdown.native").__path__)))
+    folder = Path(next(iter(importlib.import_module("mlpdown.native").__path__)))
+    if not folder.is_dir():
+        raise BuildError(f"the native sources must be files in a folder, got {folder}: install mlpdown unpacked, not as a zip file")
+    return folder
 
 
 def read_sources(folder: Path | None = None) -> Sources:
     """Read the sources in ``folder`` (by default the package's own) and add the generated headers.
 
     Raises:
-        BuildError: there are no sources.
+        BuildError: there is no folder, or there are no sources in it.
     """
     folder = native_folder() if folder is None else folder
     paths = sorted(path for path in folder.iterdir() if path.suffix in SOURCE_SUFFIXES)
     if not any(path.suffix == ".cu" for path in paths):
         raise BuildError(f"the package's CUDA sources are missing from {folder}; reinstall mlpdown")
     files = {path.name: path.read_bytes() for path in paths}
-    files["instantiations.h"] = instantiations_header(plan.instantiations(), plan.ROWS_IN_REGISTERS)
+    files["instantiations.h"] = instantiations_header(plan.instantiations(), plan.REGISTERS_KERNELS)
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
@@ -67,13 +70,14 @@ def package_sources() -> Sources:
     return read_sources()
 
 
-def instantiations_header(instantiations: list[tuple[int, int, int]], registers_rows: tuple[int, ...]) -> bytes:
-    """``<instantiations.h>``: macros that apply another one to each of :func:`mlpdown.plan.instantiations`, each ``rows_in_registers``."""
+def instantiations_header(instantiations: list[tuple[int, int, int]], registers: tuple[tuple[int, int], ...]) -> bytes:
+    """``<instantiations.h>``: macros that apply another one to each of :func:`mlpdown.plan.instantiations`, each of
+    :data:`mlpdown.plan.REGISTERS_KERNELS`."""
     ring = " ".join(f"X({', '.join(map(str, values))})" for values in instantiations)
-    registers = " ".join(f"X({rows})" for rows in registers_rows)
+    others = " ".join(f"X({', '.join(map(str, values))})" for values in registers)
     return (
         "// Made from mlpdown/plan.py by the build.\n#pragma once\n"
-        f"#define MLPDOWN_FOR_EACH_INSTANTIATION(X) {ring}\n#define MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X) {registers}\n"
+        f"#define MLPDOWN_FOR_EACH_RING_KERNEL(X) {ring}\n#define MLPDOWN_FOR_EACH_REGISTERS_KERNEL(X) {others}\n"
     ).encode()
 
 

@@ -52,24 +52,31 @@ def parse_targets(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def targets_for_compiler(targets: Sequence[str], compiler_version: tuple[int, int]) -> tuple[str, ...]:
-    """Those of ``targets`` that a compiler of this version knows."""
-    return tuple(target for target in targets if compiler_version >= _FIRST_COMPILER.get(target, (0, 0)))
+    """Those of ``targets`` that a compiler of this version knows. Raises BuildError if it knows none."""
+    known = tuple(target for target in targets if compiler_version >= _FIRST_COMPILER.get(target, (0, 0)))
+    if not known:
+        version = ".".join(map(str, compiler_version))
+        raise BuildError(f"nvcc {version} knows none of the targets {', '.join(targets)}; sm_103 needs CUDA 12.9 or newer")
+    return known
 
 
 def targets_for_devices(capabilities: Iterable[ComputeCapability]) -> tuple[str, ...]:
     """What to build for the GPUs of this machine alone; everything, if it has none that the kernel can run on."""
-    targets: set[str] = set()
-    for capability in capabilities:
-        if capability >= MINIMUM_COMPUTE_CAPABILITY:
-            targets.add(_best_machine_target(MACHINE_TARGETS, capability) or PTX_TARGET)
-    return tuple(target for target in ALL_TARGETS if target in targets) or ALL_TARGETS
+    able = [capability for capability in capabilities if capability >= MINIMUM_COMPUTE_CAPABILITY]
+    best = {
+        max((target for target in MACHINE_TARGETS if serves([target], capability)), key=capability_of, default=PTX_TARGET)
+        for capability in able
+    }
+    return tuple(target for target in ALL_TARGETS if target in best) or ALL_TARGETS
 
 
 def serves(targets: Sequence[str], capability: ComputeCapability) -> bool:
-    """Whether a library with ``targets`` runs on a GPU: by machine code of the same major version, or by older PTX."""
-    if _best_machine_target(targets, capability) is not None:
-        return True
-    return any(target.startswith("compute_") and capability_of(target) <= capability for target in targets)
+    """Whether a library with ``targets`` runs on a GPU: by older machine code of the same major version, or by older PTX."""
+    return any(
+        capability_of(target) <= capability
+        and (target.startswith("compute_") or capability_of(target)[0] == capability[0])
+        for target in targets
+    )
 
 
 def nvcc_flags(targets: Sequence[str]) -> list[str]:
@@ -84,24 +91,3 @@ def present_capabilities() -> list[ComputeCapability]:
     if not torch.cuda.is_available():
         return []
     return sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
-
-
-def require_any(targets: Sequence[str], compiler_version: tuple[int, int], requested: Sequence[str]) -> None:
-    """Raise BuildError if nothing is left to compile for."""
-    if not targets:
-        version = ".".join(map(str, compiler_version))
-        raise BuildError(
-            f"nvcc {version} knows none of the targets {', '.join(requested)}; sm_103 needs CUDA 12.9 or newer"
-        )
-
-
-def _best_machine_target(targets: Sequence[str], capability: ComputeCapability) -> str | None:
-    # Machine code runs on the same major version with the same or a higher minor version.
-    fitting = [
-        target
-        for target in targets
-        if target.startswith("sm_")
-        and capability_of(target)[0] == capability[0]
-        and capability_of(target) <= capability
-    ]
-    return max(fitting, key=capability_of, default=None)

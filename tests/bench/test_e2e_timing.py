@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from mlpdown.bench import e2e_timing
-from mlpdown.bench.e2e_passes import Passes
-from mlpdown.bench.e2e_timing import Pair, estimate, time_in_turns
+from mlpdown.bench.e2e_timing import Pair, estimate, row, time_in_turns, time_lengths, within
 
 
 class Host:
@@ -54,7 +53,7 @@ class Decoder:
 def run(host: Host, lengths: list[int], stock_first: bool = True) -> tuple[list[Pair], list[tuple[str, int]]]:
     log: list[tuple[str, int]] = []
     decoders = (Decoder("stock", 10.0, host, log), Decoder("patched", 8.0, host, log))
-    return time_in_turns(*decoders, lengths, host, stock_first), log  # type: ignore[arg-type]
+    return time_in_turns(decoders, lengths, host, stock_first), log  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stock_first", [True, False])
@@ -86,10 +85,10 @@ def test_noise_of_the_host_leaves_the_ratio_alone() -> None:
     host = Host(lambda now: (3.0 if bursts[int(now / 500) % 1000] else 1.0) * generator.uniform(0.9, 1.1))
     pairs, _ = run(host, [1024])
     ratio = estimate([pair.stock_ms / pair.patched_ms for pair in pairs])
-    assert ratio.low <= 1.25 <= ratio.high
-    assert ratio.high - ratio.low < 0.04
+    assert ratio["low"] <= 1.25 <= ratio["high"]
+    assert ratio["high"] - ratio["low"] < 0.04
     slow = estimate([pair.stock_ms for pair in pairs])
-    assert slow.quartiles[1] / slow.quartiles[0] > 1.9
+    assert slow["quartiles"][1] / slow["quartiles"][0] > 1.9
 
 
 def test_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
@@ -97,44 +96,42 @@ def test_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(1000):
         found = estimate([generator.expovariate(1.0) for _ in range(25)])
-        hits += found.low <= 0.6931 <= found.high
+        hits += found["low"] <= 0.6931 <= found["high"]
     assert 945 <= hits <= 985
-    assert estimate([2.0]) == e2e_timing.Estimate(2.0, 2.0, 2.0, (2.0, 2.0))
-    assert (estimate([1.0, 2.0, 9.0]).low, estimate([1.0, 2.0, 9.0]).high) == (1.0, 9.0)
-    assert estimate([float(number) for number in range(5000)]).median == 2499.5
+    assert estimate([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "quartiles": [2.0, 2.0]}
+    few = estimate([1.0, 2.0, 9.0])
+    assert (few["low"], few["high"]) == (1.0, 9.0)
+    assert estimate([float(number) for number in range(5000)])["median"] == 2499.5
 
 
 def test_row_is_of_passes_that_went_so_far() -> None:
-    passes = Passes("loop", None, [[Pair(4, 4, 3.0, 2.0), Pair(8, 4, 5.0, 4.0)], [Pair(4, 4, 9.0, 3.0)]])
-    assert passes.row(8).pairs == passes.passes[0]
-    row = passes.row(4)
-    assert row.pairs == [Pair(4, 4, 3.0, 2.0), Pair(4, 4, 9.0, 3.0)]
-    assert row.ratio.median == 2.25
-    assert (row.total_stock_ms, row.total_patched_ms) == (24.0, 10.0)
-    assert passes.row(12).pairs == []
+    passes = [[Pair(4, 4, 3.0, 2.0), Pair(8, 4, 5.0, 4.0)], [Pair(4, 4, 9.0, 3.0)]]
+    assert within(passes, 8) == passes[:1]
+    assert within(passes, 4) == [[Pair(4, 4, 3.0, 2.0)], [Pair(4, 4, 9.0, 3.0)]]
+    assert within(passes, 12) == []
+    found = row("loop", None, 4, passes)
+    assert (found["num_pairs"], found["ratio"]["median"]) == (2, 2.25)
+    assert (found["total_stock_ms"], found["total_patched_ms"], found["total_ratio"]) == (24.0, 10.0, 2.4)
 
 
 def test_short_lengths_are_repeated_until_there_are_enough_pairs() -> None:
     host = Host()
     decoders = (Decoder("stock", 10.0, host, []), Decoder("patched", 8.0, host, []))
-    asked: list[int] = []
-
-    def may_repeat(length: int, seconds: float) -> bool:
-        asked.append(length)
-        return True
+    seconds = [1000.0]
 
     def new_clock() -> Host:
         host.times = []
         return host
 
-    passes = Passes("loop", None)
-    rows = passes.time(*decoders, [4, 8, 64], new_clock, 6, may_repeat)
-    # The pass to 64 has one pair within 4 tokens and two within 8.
-    assert [pairs[-1].end for pairs in passes.passes] == [64, 8, 8, 4, 4, 4]
-    assert asked == [8, 8, 4, 4, 4]
-    assert [len(row.pairs) for row in rows] == [6, 6, 16]
-    assert {row.ratio.median for row in rows} == {1.25}
+    def passes(lengths: list[int], num_pairs: int) -> list[list[Pair]]:
+        return time_lengths(decoders, lengths, new_clock, num_pairs, 0.018, lambda: seconds[0])  # type: ignore[arg-type]
 
-    passes = Passes("loop", None)
-    rows = passes.time(*decoders, [4, 64], new_clock, 100, lambda length, seconds: False)
-    assert [len(row.pairs) for row in rows] == [1, 16], "without time there is the longest decode alone"
+    found = passes([4, 8, 64], 6)
+    # The pass to 64 has one pair within 4 tokens and two within 8.
+    assert [pairs[-1].end for pairs in found] == [64, 8, 8, 4, 4, 4]
+    assert [row("loop", None, length, found)["num_pairs"] for length in (4, 8, 64)] == [6, 6, 16]
+    assert {pair.stock_ms / pair.patched_ms for pairs in found for pair in pairs} == {1.25}
+    seconds[0] = 0.1  # enough for 5 tokens, not for 8
+    assert [pairs[-1].end for pairs in passes([4, 8, 64], 3)] == [64, 4, 4]
+    seconds[0] = 0.0
+    assert len(passes([4, 64], 100)) == 1, "without time there is the longest decode alone"

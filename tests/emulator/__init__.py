@@ -28,7 +28,8 @@ What is not
       That an order was asked for is checked by the clocks; proxies (generic and asynchronous accesses to one place) are not told apart.
     - Whether the compiler keeps the lanes of a warp together where nothing demands it. Here they never do.
 
-The checks, each of which ``faults.py`` puts to the test
+The checks, each of which ``test_faults.py`` sees fail when the kernels are changed in one place. Operators make the changes
+(``mutants.py``), and hands those that no operator makes (``faults.py``). What survives is listed with the reason (``survivors.py``).
     deadlock                  nobody can run, and nothing is on its way
     missing bytes             the same, and a phase has got only a part of its bytes; or a CTA leaves with a phase in that state
     surplus bytes             a barrier gets more bytes than its phase expects, or completes it with bytes on their way

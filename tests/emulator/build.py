@@ -22,21 +22,32 @@ FLAGS = (
     "-ffp-contract=off",  # a sum that is not a fused multiply-add in the kernel is none here
     "-Wno-unknown-pragmas",  # unroll
 )
+# For few and small launches, some of which go wrong: compiled in half the time. Variables that nobody has set hold the same values
+# everywhere, and an index past an array in registers ends the process.
+UNOPTIMISED_FLAGS = (
+    "-O0",
+    "-ftrivial-auto-var-init=pattern",
+    "-fsanitize=bounds",
+    "-fsanitize-undefined-trap-on-error",
+)
 MACHINE_FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # clocks are long
 MACHINE_SOURCES = ("scheduler.cpp", "primitives.cpp", "memory.cpp", "reports.cpp")
 
 
-def build(native: Path, ring: list[tuple[int, int, int]], registers: tuple[int, ...], *, optimise: bool = True) -> Path:
+def build(
+    native: Path, ring: list[tuple[int, int, int]], registers: tuple[tuple[int, int], ...], *, optimise: bool = True
+) -> Path:
     """The library that emulates the kernels in the folder ``native``: of the ring, these cluster sizes, rows per stage and vectors in
-    registers; of registers, these numbers of rows.
+    registers; of registers, these numbers of rows and of vectors in flight.
 
-    ``optimise=False`` compiles the kernels in half the time, for few and small launches.
+    ``optimise=False`` compiles the kernels with ``UNOPTIMISED_FLAGS``.
     """
     for_each = (
-        "-DMLPDOWN_FOR_EACH_INSTANTIATION(X)=" + " ".join(f"X({','.join(map(str, values))})" for values in ring),
-        "-DMLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(X)=" + " ".join(f"X({rows})" for rows in registers),
+        "-DMLPDOWN_FOR_EACH_RING_KERNEL(X)=" + " ".join(f"X({','.join(map(str, values))})" for values in ring),
+        "-DMLPDOWN_FOR_EACH_REGISTERS_KERNEL(X)="
+        + " ".join(f"X({','.join(map(str, values))})" for values in registers),
     )
-    kernel = _compile(HERE / "launch.cpp", native, ("-O2" if optimise else "-O0", *for_each))
+    kernel = _compile(HERE / "launch.cpp", native, (*(("-O2",) if optimise else UNOPTIMISED_FLAGS), *for_each))
     # One machine for all kernels of a process: stacks for a thousand threads each would use up the mappings that Linux allows.
     machine = _link([_compile(HERE / source, NATIVE, MACHINE_FLAGS) for source in MACHINE_SOURCES])
     return _link([kernel, machine])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from mlpdown.plan import ROWS_IN_REGISTERS, instantiations
+from mlpdown.plan import REGISTERS_KERNELS, instantiations
 
 from .launch import Kernel
 
@@ -29,11 +31,17 @@ def num_schedules(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    request.config.stash[_KERNEL] = Kernel(instantiations(), ROWS_IN_REGISTERS)
+    request.config.stash[_KERNEL] = Kernel(instantiations(), REGISTERS_KERNELS)
     return request.config.stash[_KERNEL]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = [report for report in terminalreporter.getreports("failed") if isinstance(report, pytest.TestReport)]
+    violations = (
+        found[1] for report in reports if (found := re.search(r"ProtocolViolation: (.*)", report.longreprtext))
+    )
+    if violation := next(violations, None):
+        terminalreporter.write_line(f"emulator: the first violation of {len(reports)} failures: {violation}", red=True)
     if _KERNEL in config.stash and config.stash[_KERNEL].launched:
         launched = config.stash[_KERNEL].launched
         num_shapes, num_plans = (len(set(column)) for column in zip(*launched, strict=True))

@@ -1,7 +1,7 @@
 // The C interface: one launch of a kernel, built from its own source, on the emulated machine.
-#include <mlp_down.cuh>
-#include <mlp_down_registers.cuh>
-#include <shares.h>
+#include <geometry.h>
+#include <registers.cuh>
+#include <ring.cuh>
 
 #include <cstdio>
 
@@ -14,78 +14,50 @@ namespace {
 struct Arguments {
   MlpDownProblem problem;
   MlpDownPlan plan;
-  MlpDownShares shares;
+  Geometry geometry;
 };
 
 using Kernel = void (*)(const void* arguments);
 
 template <auto kKernel>
-void call_ring(const void* arguments) {
+void call(const void* arguments) {
   const Arguments& a = *static_cast<const Arguments*>(arguments);
-  kKernel(a.problem, a.plan, a.shares);
+  kKernel(a.problem, a.plan, a.geometry);
 }
 
-template <auto kKernel>
-void call_registers(const void* arguments) {
-  const Arguments& a = *static_cast<const Arguments*>(arguments);
-  kKernel(a.problem, a.plan);
-}
-
-uint32_t vectors_in_registers(const MlpDownProblem& problem, const MlpDownPlan& plan) {
-  return plan.activation_in_registers ? vectors_per_lane(problem.intermediate_dim) : 0;
-}
-
-template <class DType>
-Kernel find_kernel(const MlpDownProblem& problem, const MlpDownPlan& plan) {
-  const uint32_t vectors = vectors_in_registers(problem, plan);
-#define RING(cluster_size_, rows_, vectors_)                                                                                           \
-  if (plan.rows_in_registers == 0 && plan.cluster_size == cluster_size_ && plan.rows_per_stage == rows_ && vectors == vectors_) {      \
-    return &call_ring<&mlp_down<DType, cluster_size_, rows_, vectors_>>;                                                               \
+template <class Format>
+Kernel find_kernel(const Arguments& a) {
+  const uint32_t vectors = a.plan.activation_in_registers ? vectors_per_lane(a.geometry.segments) : 0;
+#define RING(cluster_size_, rows_, vectors_)                                                                                                  \
+  if (a.plan.rows_in_registers == 0 && a.plan.cluster_size == cluster_size_ && a.plan.rows_per_stage == rows_ && vectors == vectors_) {       \
+    return &call<&ring<Format, cluster_size_, rows_, vectors_>>;                                                                              \
   }
-#define REGISTERS(rows_) \
-  if (plan.rows_in_registers == rows_) return &call_registers<&mlp_down_registers<DType, rows_>>;
-  MLPDOWN_FOR_EACH_INSTANTIATION(RING)
-  MLPDOWN_FOR_EACH_REGISTERS_INSTANTIATION(REGISTERS)
+#define REGISTERS(rows_, batch_) \
+  if (a.plan.rows_in_registers == rows_ && a.plan.vectors_in_flight == batch_) return &call<&registers<Format, rows_, batch_>>;
+  MLPDOWN_FOR_EACH_RING_KERNEL(RING)
+  MLPDOWN_FOR_EACH_REGISTERS_KERNEL(REGISTERS)
 #undef RING
 #undef REGISTERS
   return nullptr;
 }
 
-// Where the arrays of the ring kernel stand, which is at compile time for each cluster size and number of rows.
-struct Layout {
-  uint32_t full_barriers, empty_barriers, partials_full, partials_empty, activation_barrier, partials, slot_bytes, activation, ring, stage_bytes, total_bytes;
-};
-
-Layout layout_of(const Arguments& a) {
-  const uint32_t vectors = vectors_in_registers(a.problem, a.plan);
-#define RING(cluster_size_, rows_, vectors_)                                                                                          \
-  if (a.plan.cluster_size == cluster_size_ && a.plan.rows_per_stage == rows_ && vectors == vectors_) {                                \
-    using L = SharedLayout<cluster_size_, rows_>;                                                                                     \
-    const L layout(a.problem.intermediate_dim, vectors_ > 0);                                                                         \
-    return {L::kFullBarriers, L::kEmptyBarriers, L::kPartialsFull, L::kPartialsEmpty, L::kActivationBarrier, L::kPartials,            \
-            L::kOwnedRows * kNumSegments * 4, L::kActivation, layout.ring, layout.stage_bytes, layout.total_bytes(a.plan.num_stages)}; \
-  }
-  MLPDOWN_FOR_EACH_INSTANTIATION(RING)
-#undef RING
-  return {};
-}
-
 std::string name_shared_memory(const void* arguments, uint32_t offset) {
+  using L = SharedLayout;
   const Arguments& a = *static_cast<const Arguments*>(arguments);
   const auto element = [&](const char* array, uint32_t first, uint32_t bytes) {
     const uint32_t rest = (offset - first) % bytes;
     return array + ("[" + std::to_string((offset - first) / bytes) + "]") + (rest ? " + " + std::to_string(rest) + " bytes" : "");
   };
-  if (a.plan.rows_in_registers > 0) return element("partials row", 0, kNumSegments * sizeof(float));
-  const Layout layout = layout_of(a);
-  if (offset < layout.empty_barriers) return element("full_barriers", layout.full_barriers, kBarrierBytes);
-  if (offset < layout.partials_full) return element("empty_barriers", layout.empty_barriers, kBarrierBytes);
-  if (offset < layout.partials_empty) return element("partials_full", layout.partials_full, kBarrierBytes);
-  if (offset < layout.activation_barrier) return element("partials_empty", layout.partials_empty, kBarrierBytes);
-  if (offset < layout.partials) return "activation_barrier";
-  if (offset < layout.partials + kNumPartialSlots * layout.slot_bytes) return element("partials slot", layout.partials, layout.slot_bytes);
-  if (offset < layout.ring) return "activation + " + std::to_string(offset - layout.activation) + " bytes";
-  return element("stage", layout.ring, layout.stage_bytes);
+  if (a.plan.rows_in_registers > 0) return element("segment sums of row", 0, kSegmentSumsBytes);
+  if (offset < L::kEmptyBarriers) return element("full", L::kFullBarriers, kBarrierBytes);
+  if (offset < L::kPartialsFull) return element("empty", L::kEmptyBarriers, kBarrierBytes);
+  if (offset < L::kPartialsEmpty) return element("full of slot", L::kPartialsFull, kBarrierBytes);
+  if (offset < L::kActivationBarrier) return element("empty of slot", L::kPartialsEmpty, kBarrierBytes);
+  if (offset < L::kPartials) return "activation_barrier";
+  const uint32_t activation = L::activation(a.plan.rows_per_stage);
+  if (offset < activation) return element("segment sums of slot and owned row", L::kPartials, kSegmentSumsBytes);
+  if (offset < a.geometry.ring) return "activation + " + std::to_string(offset - activation) + " bytes";
+  return element("stage", a.geometry.ring, a.geometry.stage_bytes);
 }
 
 }  // namespace
@@ -112,24 +84,26 @@ uint16_t emulator_cvt_rn_bf16_f32(float value) { return ptx::cvt_rn_bf16_f32(val
 // Nonzero if this build lacks the instantiation. num_clusters is the ring's: the other kernel has a CTA for every few rows.
 int emulator_launch(const MlpDownProblem* problem, const MlpDownPlan* plan, uint32_t num_clusters, uint64_t seed, bool earlier_grids_last,
                     EmulatorResult* result) {
-  const Arguments arguments{*problem, *plan, share_out(problem->hidden_dim, num_clusters, plan->stagger_rows)};
-  const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(*problem, *plan) : find_kernel<Float16>(*problem, *plan);
+  const Segments segments = cut_into_segments(problem->intermediate_dim);
+  if (plan->rows_in_registers == 0 && plan->cluster_size > segments.count()) return 1;
+  const Arguments arguments{*problem, *plan, make_geometry(*problem, *plan, segments, num_clusters)};
+  const Kernel kernel = problem->is_bfloat16 ? find_kernel<BFloat16>(arguments) : find_kernel<Float16>(arguments);
   if (kernel == nullptr) return 1;
   const size_t vector_bytes = problem->hidden_dim * sizeof(uint16_t);
   const size_t activation_bytes = problem->intermediate_dim * sizeof(uint16_t);
   emulator::Launch launch = {};
-  if (const uint32_t num_rows = plan->rows_in_registers; num_rows > 0) {
-    launch.num_clusters = (problem->hidden_dim + num_rows - 1) / num_rows;
+  if (plan->rows_in_registers > 0) {
+    const uint32_t cta_rows = registers_kernel::rows_per_cta(plan->rows_in_registers, plan->num_consumer_warps, segments);
+    launch.num_clusters = (problem->hidden_dim + cta_rows - 1) / cta_rows;
     launch.cluster_size = 1;
-    launch.num_threads = kRegistersThreads;
-    launch.shared_memory_bytes = num_rows * kNumSegments * sizeof(float);
+    launch.num_threads = plan->num_consumer_warps * kNumLanes;
+    launch.shared_memory_bytes = registers_kernel::shared_memory_bytes(cta_rows);
   } else {
-    const Layout layout = layout_of(arguments);
     launch.num_clusters = num_clusters;
     launch.cluster_size = plan->cluster_size;
     launch.num_threads = (kFirstConsumerWarp + plan->num_consumer_warps) * kNumLanes;
-    launch.shared_memory_bytes = layout.total_bytes;
-    launch.num_barriers = layout.activation_barrier / kBarrierBytes + 1;
+    launch.shared_memory_bytes = SharedLayout(segments, *plan).total_bytes(plan->num_stages);
+    launch.num_barriers = SharedLayout::kActivationBarrier / kBarrierBytes + 1;
   }
   launch.is_dependent = plan->dependent_launch != 0;
   launch.earlier_grids_last = earlier_grids_last;

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import structs
 
 from mlpdown.plan import Plan
 
@@ -59,37 +58,21 @@ class _Result(ctypes.Structure):
     )
 
 
-_C_TYPES = {
-    "const void*": ctypes.c_void_p,
-    "void*": ctypes.c_void_p,
-    "unsigned int": ctypes.c_uint,
-    "int": ctypes.c_int,
-}
-
-
-@functools.cache
-def _structure(name: str) -> type[ctypes.Structure]:
-    """A structure of problem.h, read from there."""
-    body = re.search(rf"struct {name} {{(.*?)}};", (NATIVE / "problem.h").read_text(), re.DOTALL)
-    assert body is not None, f"native/problem.h has no struct {name}"
-    code = re.sub(r"//[^\n]*", "", body[1])
-    members = re.findall(r"([\w ]+?[ *]+)(\w+);", code)
-    assert len(members) == code.count(";"), f"not all members of {name} were understood: {members}"
-    fields = [(member, _C_TYPES[c_type.strip()]) for c_type, member in members]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
 class Kernel:
     """The kernels in a folder of sources, built for a host: ``ring`` are cluster sizes, rows per stage and vectors in registers,
-    ``registers`` are rows in registers."""
+    ``registers`` are rows in registers and vectors in flight."""
 
     def __init__(
-        self, ring: list[tuple[int, int, int]], registers: tuple[int, ...], native: Path = NATIVE, *, optimise: bool = True
+        self,
+        ring: list[tuple[int, int, int]],
+        registers: tuple[tuple[int, int], ...],
+        native: Path = NATIVE,
+        *,
+        optimise: bool = True,
     ) -> None:
         self._library = ctypes.CDLL(str(build(native, ring, registers, optimise=optimise)))
-        for name in ("problem", "plan"):
-            size = ctypes.sizeof(_structure(f"MlpDown{name.capitalize()}"))
-            assert getattr(self._library, f"emulator_{name}_bytes")() == size
+        for name, structure in (("problem", structs.problem_type()), ("plan", structs.plan_type())):
+            assert getattr(self._library, f"emulator_{name}_bytes")() == ctypes.sizeof(structure)
         self._library.emulator_launch.argtypes = [
             ctypes.c_void_p,
             ctypes.c_void_p,
@@ -134,7 +117,7 @@ class Kernel:
             if is_partial_sums
             else np.full(hidden_dim, 0xFFFF, np.uint16)
         )
-        problem = _structure("MlpDownProblem")(
+        problem = structs.problem_type()(
             hidden_states=inputs.hidden_states.ctypes.data,
             attn_output=None if inputs.attn_output is None else inputs.attn_output.ctypes.data,
             mlp_intermediate=inputs.mlp_intermediate.ctypes.data,
@@ -146,7 +129,7 @@ class Kernel:
             is_bfloat16=inputs.dtype == "bfloat16",
             is_partial_sums=is_partial_sums,
         )
-        c_plan = _structure("MlpDownPlan")(**dataclasses.asdict(plan))
+        c_plan = structs.c_plan(plan)
         result = _Result()
         if self._library.emulator_launch(
             ctypes.byref(problem), ctypes.byref(c_plan), num_clusters, seed, earlier_grids_last, ctypes.byref(result)
@@ -155,6 +138,4 @@ class Kernel:
         if result.check:
             raise ProtocolViolation(result.check.decode(), result.report.decode(), seed)
         self.launched.append((inputs.weight.shape, plan))
-        return out, Statistics(
-            result.num_switches, result.num_landings, result.num_phases, result.bytes_prefetched
-        )
+        return out, Statistics(result.num_switches, result.num_landings, result.num_phases, result.bytes_prefetched)

@@ -136,8 +136,11 @@ void syncwarp(Where where) {
 
 SharedAddress dynamic_shared_memory() { return kSharedMemoryBase; }
 
-Vector ld_shared(SharedAddress address, Where where) {
-  Vector value;
+namespace {
+
+template <class Value>
+Value load_shared(SharedAddress address, Where where) {
+  Value value;
   constexpr size_t num_bytes = sizeof value;
   Thread& thread = begin(where);
   Cta& cta = *thread.cta;
@@ -163,6 +166,11 @@ Vector ld_shared(SharedAddress address, Where where) {
   return value;
 }
 
+}  // namespace
+
+Words ld_shared(SharedAddress address, Where where) { return load_shared<Words>(address, where); }
+float ld_shared_float(SharedAddress address, Where where) { return load_shared<float>(address, where); }
+
 void st_shared(SharedAddress address, float value, Where where) {
   Thread& thread = begin(where);
   const uint32_t offset = check_shared(thread, *thread.cta, address, sizeof value, sizeof value, where);
@@ -171,8 +179,8 @@ void st_shared(SharedAddress address, float value, Where where) {
 }
 
 uint16_t ld_global(const uint16_t* address, Where where) { return load_global<uint16_t>(address, where); }
-Vector ld_global_vector_no_allocate(const void* address, Where where) { return load_global<Vector>(address, where); }
-Vector ld_global_vector(const void* address, Where where) { return load_global<Vector>(address, where); }
+Words ld_global_vector_no_allocate(const void* address, Where where) { return load_global<Words>(address, where); }
+Words ld_global_vector(const void* address, Where where) { return load_global<Words>(address, where); }
 void st_global(uint16_t* address, uint16_t value, Where where) { store_global(address, value, where); }
 void st_global(float* address, float value, Where where) { store_global(address, value, where); }
 

@@ -30,7 +30,7 @@ namespace ptx {
 
 using emulator::Where;
 
-struct alignas(16) Vector {
+struct alignas(16) Words {
   uint32_t words[4];
 };
 
@@ -40,6 +40,9 @@ using SharedAddress = uint32_t;
 struct ClusterAddress {
   uint32_t value;
 };
+
+MLPDOWN_DEVICE uint32_t keep(uint32_t value) { return value; }
+MLPDOWN_DEVICE const uint16_t* keep(const uint16_t* pointer) { return pointer; }
 
 // ---- For the thread that runs at the moment (primitives.cpp) ------------------------------------------------------------------------
 
@@ -51,12 +54,13 @@ float shfl_xor_sync(float value, uint32_t lane_mask, Where where = Where::curren
 void syncwarp(Where where = Where::current());
 
 SharedAddress dynamic_shared_memory();
-Vector ld_shared(SharedAddress address, Where where = Where::current());
+Words ld_shared(SharedAddress address, Where where = Where::current());
+float ld_shared_float(SharedAddress address, Where where = Where::current());
 void st_shared(SharedAddress address, float value, Where where = Where::current());
 
 uint16_t ld_global(const uint16_t* address, Where where = Where::current());
-Vector ld_global_vector_no_allocate(const void* address, Where where = Where::current());
-Vector ld_global_vector(const void* address, Where where = Where::current());
+Words ld_global_vector_no_allocate(const void* address, Where where = Where::current());
+Words ld_global_vector(const void* address, Where where = Where::current());
 void st_global(uint16_t* address, uint16_t value, Where where = Where::current());
 void st_global(float* address, float value, Where where = Where::current());
 

@@ -9,21 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlpdown.reference.order import MAX_SEGMENTS, MIN_VECTORS_PER_SEGMENT, NUM_LANES, VECTOR_SIZE, num_segments
 
+from mlpdown.heuristics import choose_plan
 from mlpdown.plan import (
     CLUSTER_SIZES,
     H200,
     MAX_CONSUMER_WARPS,
     MAX_STAGES,
-    NUM_LANES,
-    NUM_SEGMENTS,
-    ROWS_IN_REGISTERS,
+    REGISTERS_KERNELS,
     RTX_5090,
-    VECTOR_SIZE,
     Plan,
     check_plan,
-    choose_plan,
     instantiations,
+    vectors_per_lane,
 )
 
 from .build import HERE, NATIVE
@@ -38,29 +37,40 @@ from .cases import (
 )
 from .launch import Inputs, Kernel
 
-# From one vector a row (all segments but one are empty) to more than one for each lane of a segment.
-SHAPES = [(1, 8), (5, 72), (19, 200), (37, 520), (11, 2568)]
-SEGMENTS_OF_WHOLE_LANES = NUM_SEGMENTS * NUM_LANES * VECTOR_SIZE
+# From one vector a row to more than one for each lane of a segment; then the first lengths with 2, 4 and 8 segments, and ragged ones.
+SHAPES = [(1, 8), (5, 72), (19, 200), (37, 520), (11, 1992), (9, 2048), (11, 2568), (7, 4104), (5, 8192), (4, 8280)]
 
 
-def shapes_for(vectors: int) -> list[tuple[int, int]]:
-    """Shapes for a ring kernel with so many vectors of the activation in registers."""
+def shapes_for(cluster_size: int, vectors: int) -> list[tuple[int, int]]:
+    """Shapes for a ring kernel: rows that have a segment for each CTA, and so many vectors of the activation in a lane's registers."""
+    shapes = [(rows, length) for rows, length in SHAPES if num_segments(length) >= cluster_size]
     if vectors == 0:
-        return SHAPES
-    longest = vectors * SEGMENTS_OF_WHOLE_LANES
-    # All lanes have all vectors; one lane of some segments has the last; the last segment is 7 shorter; most lanes have the last.
-    lengths = [longest, longest - SEGMENTS_OF_WHOLE_LANES + 8, longest - 7 * 8, longest - 3 * 8 * NUM_SEGMENTS]
-    return list(zip((7, 5, 6, 3), lengths, strict=True)) + (SHAPES[:4] if vectors == 1 else [])
+        return shapes
+    lengths = []
+    for segments in (1, 2, 4, 8):
+        longest = vectors * segments * NUM_LANES * VECTOR_SIZE
+        # All lanes have all vectors; the last segment is shorter; most lanes have the last vector; one lane of each segment has it.
+        for length in (
+            longest,
+            longest - 7 * 8,
+            longest - 24 * segments,
+            longest - (NUM_LANES - 1) * VECTOR_SIZE * segments,
+        ):
+            if num_segments(length) == segments and vectors_per_lane(length) == vectors:
+                lengths.append(length)
+    return [
+        *zip((7, 5, 6, 3) * 4, lengths, strict=False),
+        *(shape for shape in shapes if vectors_per_lane(shape[1]) == vectors),
+    ]
 
 
 def some_plans(cluster_size: int, rows_per_stage: int, vectors: int, seed: int) -> list[Plan]:
     """One plan of this instantiation for each shape, the rest of it drawn."""
     random = np.random.default_rng([seed, cluster_size, rows_per_stage, vectors])
-    warps_per_group = NUM_SEGMENTS // cluster_size
     plans = []
-    for _ in shapes_for(vectors):
-        num_groups = int(random.choice([1, 1, 2, 4]))
-        num_groups = min(num_groups, MAX_CONSUMER_WARPS // warps_per_group)
+    for _, length in shapes_for(cluster_size, vectors):
+        warps_per_group = num_segments(length) // cluster_size
+        num_groups = min(int(random.choice([1, 1, 2, 4])), MAX_CONSUMER_WARPS // warps_per_group)
         num_stages = num_groups * int(random.integers(1, 5))
         stages_in_flight = int(random.integers(1, num_stages + 1))
         weight_prefetch, dependent_launch = (bool(random.integers(2)) for _ in range(2))
@@ -81,43 +91,62 @@ def some_plans(cluster_size: int, rows_per_stage: int, vectors: int, seed: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cluster_size", "rows_per_stage", "vectors"), instantiations())
-def test_plan_never_changes_a_bit(kernel: Kernel, cluster_size: int, rows_per_stage: int, vectors: int, dtype: str) -> None:
-    shapes, plans = shapes_for(vectors), some_plans(cluster_size, rows_per_stage, vectors, 1)
+def test_plan_never_changes_a_bit(
+    kernel: Kernel, cluster_size: int, rows_per_stage: int, vectors: int, dtype: str
+) -> None:
+    shapes, plans = shapes_for(cluster_size, vectors), some_plans(cluster_size, rows_per_stage, vectors, 1)
     for seed, ((hidden_dim, intermediate_dim), plan) in enumerate(zip(shapes, plans, strict=True)):
         inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
         out, _ = kernel.launch(inputs, plan, num_clusters=min(hidden_dim, 3), seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
-@pytest.mark.parametrize(("rows_per_stage", "vectors"), [(1, 2), (1, 5), (1, 8), (2, 2), (2, 4)])
+@pytest.mark.parametrize(("rows_per_stage", "vectors"), [(1, 2), (1, 5), (1, 8), (2, 2), (2, 4), (2, 7)])
 def test_missing_vectors_keep_a_negative_zero(kernel: Kernel, rows_per_stage: int, vectors: int) -> None:
     """Accumulators of -0: whether a lane then has one more vector must not show."""
-    intermediate_dim = (vectors - 1) * SEGMENTS_OF_WHOLE_LANES + VECTOR_SIZE * NUM_SEGMENTS  # one lane a segment has one more
+    intermediate_dim = (vectors - 1) * NUM_LANES * VECTOR_SIZE + VECTOR_SIZE  # one lane has one more
+    assert num_segments(intermediate_dim) == 1 and vectors_per_lane(intermediate_dim) == vectors
     inputs = make_negative_zeros(3, intermediate_dim)
     assert (expected_bits(inputs) == 0x8000).all()
-    plan = Plan(1, rows_per_stage, 2, 1, 8, activation_in_registers=True)
+    plan = Plan(1, rows_per_stage, 2, 1, 1, activation_in_registers=True)
     out, _ = kernel.launch(inputs, plan, seed=1)
     assert_same_bits(out, expected_bits(inputs), str(plan))
 
 
-# Two to sixteen groups of consumer warps, each on a tile of its own.
-SEVERAL_TILES_AT_ONCE = [
-    Plan(1, 2, 4, 2, 16),
-    Plan(2, 4, 2, 2, 8),
-    Plan(4, 1, 4, 3, 8),
-    Plan(4, 2, 8, 8, 16),
-    Plan(8, 1, 16, 2, 16),
-    Plan(8, 4, 2, 1, 2),
+def test_absent_segments_keep_a_negative_zero(kernel: Kernel) -> None:
+    """A short row has fewer segments than a slot has places: none of the others may turn a sum of -0 into +0."""
+    for intermediate_dim in (264, 2048, 4096):
+        inputs = make_negative_zeros(3, intermediate_dim)
+        for plan in (Plan(1, 1, 2, 1, num_segments(intermediate_dim)), Plan.in_registers(1)):
+            out, _ = kernel.launch(inputs, plan, seed=1)
+            assert_same_bits(out, expected_bits(inputs), str(plan))
+            assert (out == 0x8000).all()
+
+
+# Two to sixteen groups of consumer warps, each on a stage of its own: rows of 8 segments, then shorter ones.
+SEVERAL_STAGES_AT_ONCE = [
+    (8200, Plan(1, 2, 4, 2, 16)),
+    (8200, Plan(2, 4, 2, 2, 8)),
+    (8200, Plan(4, 1, 4, 3, 8)),
+    (8200, Plan(4, 2, 8, 8, 16)),
+    (8200, Plan(8, 1, 16, 2, 16)),
+    (8200, Plan(8, 4, 2, 1, 2)),
+    (4104, Plan(1, 2, 2, 1, 8)),
+    (2568, Plan(1, 2, 8, 3, 8)),
+    (2568, Plan(2, 1, 16, 16, 16)),
+    (200, Plan(1, 1, 16, 4, 16)),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "plan", SEVERAL_TILES_AT_ONCE, ids=lambda plan: f"{plan.cluster_size}-{plan.num_consumer_warps}"
+    ("intermediate_dim", "plan"),
+    SEVERAL_STAGES_AT_ONCE,
+    ids=lambda value: f"{value.cluster_size}-{value.num_consumer_warps}" if isinstance(value, Plan) else str(value),
 )
-def test_several_tiles_at_once(kernel: Kernel, plan: Plan, dtype: str) -> None:
-    check_plan(plan, 200, H200)
-    inputs = make_inputs(71, 200, dtype, 11)
+def test_several_stages_at_once(kernel: Kernel, intermediate_dim: int, plan: Plan, dtype: str) -> None:
+    check_plan(plan, intermediate_dim, H200)
+    inputs = make_inputs(71, intermediate_dim, dtype, 11)
     for seed in range(2):
         plan = dataclasses.replace(plan, weight_prefetch=seed == 1)
         out, _ = kernel.launch(inputs, plan, seed=seed)
@@ -126,36 +155,59 @@ def test_several_tiles_at_once(kernel: Kernel, plan: Plan, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_prefetch", [False, True])
-@pytest.mark.parametrize("rows", ROWS_IN_REGISTERS)
-def test_registers_never_change_a_bit(kernel: Kernel, rows: int, weight_prefetch: bool, dtype: str) -> None:
-    # The last shape takes more than one batch of loads.
-    for seed, (hidden_dim, intermediate_dim) in enumerate([*SHAPES, (5, 12296)]):
+@pytest.mark.parametrize(("rows", "vectors_in_flight"), REGISTERS_KERNELS)
+def test_registers_never_change_a_bit(
+    kernel: Kernel, rows: int, vectors_in_flight: int, weight_prefetch: bool, dtype: str
+) -> None:
+    # The last shape takes more than one round of loads in every kernel.
+    for seed, (hidden_dim, intermediate_dim) in enumerate([*SHAPES, (5, 14344), (5, 16392)]):
         inputs = make_inputs(hidden_dim, intermediate_dim, dtype, seed)
-        for dependent_launch in (False, True):
-            plan = Plan.in_registers(rows, weight_prefetch=weight_prefetch, dependent_launch=dependent_launch)
+        for warps in {num_segments(intermediate_dim), MAX_SEGMENTS}:
+            plan = Plan.in_registers(
+                rows,
+                vectors_in_flight,
+                num_consumer_warps=warps,
+                weight_prefetch=weight_prefetch,
+                dependent_launch=bool(seed % 2),
+            )
+            check_plan(plan, intermediate_dim, H200)
             out, _ = kernel.launch(inputs, plan, seed=seed)
             assert_same_bits(out, expected_bits(inputs), f"{hidden_dim} x {intermediate_dim}, {plan}, seed {seed}")
 
 
-def one_plan_a_size(rows_per_stage: int) -> list[Plan]:
-    ring = [Plan(cluster_size, rows_per_stage, 2, 1, NUM_SEGMENTS // cluster_size) for cluster_size in CLUSTER_SIZES]
-    return ring + [Plan.in_registers(rows) for rows in ROWS_IN_REGISTERS]
+def test_more_segments_from_one_vector_to_the_next(kernel: Kernel) -> None:
+    """On both sides of each length at which a row gets more segments, and not by the emulated kernel's own arithmetic."""
+    for segments in (2, 4, 8):
+        first = segments * MIN_VECTORS_PER_SEGMENT * VECTOR_SIZE
+        assert (num_segments(first - VECTOR_SIZE), num_segments(first)) == (segments // 2, segments)
+        for intermediate_dim in (first - VECTOR_SIZE, first):
+            inputs = make_inputs(3, intermediate_dim, "float16", segments)
+            for plan in (Plan(1, 1, 2, 1, num_segments(intermediate_dim)), Plan.in_registers(1)):
+                out, _ = kernel.launch(inputs, plan, seed=1)
+                assert_same_bits(out, expected_bits(inputs), f"{intermediate_dim}, {plan}")
+
+
+def one_plan_a_size(rows_per_stage: int) -> list[tuple[int, Plan]]:
+    """A plan of each cluster size with the length of its rows, and of each way into registers."""
+    ring = [(1024 * c if c > 1 else 200, c) for c in CLUSTER_SIZES]
+    plans = [(length, Plan(c, rows_per_stage, 2, 1, num_segments(length) // c)) for length, c in ring]
+    return plans + [(200, Plan.in_registers(rows, vectors)) for rows, vectors in REGISTERS_KERNELS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("attn_output", [False, True])
 def test_optional_tensors(kernel: Kernel, attn_output: bool, bias: bool, dtype: str) -> None:
-    inputs = make_inputs(19, 200, dtype, 3, attn_output=attn_output, bias=bias)
-    for seed, plan in enumerate(one_plan_a_size(2)):
+    for seed, (intermediate_dim, plan) in enumerate(one_plan_a_size(2)):
+        inputs = make_inputs(19, intermediate_dim, dtype, 3, attn_output=attn_output, bias=bias)
         out, _ = kernel.launch(inputs, plan, num_clusters=2, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"{plan}, seed {seed}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_partial_sums(kernel: Kernel, dtype: str) -> None:
-    inputs = make_inputs(19, 200, dtype, 4)
-    for seed, plan in enumerate(one_plan_a_size(1)):
+    for seed, (intermediate_dim, plan) in enumerate(one_plan_a_size(1)):
+        inputs = make_inputs(19, intermediate_dim, dtype, 4)
         out, _ = kernel.launch(inputs, plan, num_clusters=2, seed=seed, is_partial_sums=True)
         assert_same_bits(out, expected_partial_sums(inputs), f"{plan}, seed {seed}")
 
@@ -171,7 +223,7 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
         drawn["weight"][:, 3:] = 0
         drawn["mlp_intermediate"][3:] = 0
         inputs = Inputs(dtype, **drawn)
-        plans = [Plan(2, 4, 2, 2, 4), Plan.in_registers(4), Plan(1, 2, 2, 1, 8, activation_in_registers=True)]
+        plans = [Plan(1, 4, 2, 2, 1), Plan.in_registers(2), Plan(1, 2, 2, 1, 1, activation_in_registers=True)]
         plan = plans[seed % len(plans)]
         out, _ = kernel.launch(inputs, plan, seed=seed)
         assert_same_bits(out, expected_bits(inputs), f"seed {seed}")
@@ -187,15 +239,19 @@ def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]
 
 # The plans that are chosen, one for each other cluster size, and registers.
 FULL_SIZE_PLANS = [
-    choose_plan(2560, 10240, H200),
+    choose_plan(2560, 10240, H200, weight_prefetch=True),
     choose_plan(2560, 10240, RTX_5090, weight_prefetch=True),
+    choose_plan(2560, 10240, H200),
+    Plan(2, 1, 4, 2, 4),
     Plan(4, 4, 4, 2, 4, weight_prefetch=True),
     Plan(8, 2, 5, 5, 1),
-    *map(Plan.in_registers, ROWS_IN_REGISTERS),
+    Plan.in_registers(2),
 ]
 
 
-@pytest.mark.parametrize("plan", FULL_SIZE_PLANS, ids=lambda plan: f"{plan.cluster_size}-{plan.rows_in_registers}")
+@pytest.mark.parametrize(
+    "plan", FULL_SIZE_PLANS, ids=lambda plan: f"{plan.cluster_size}-{plan.num_stages}-{plan.rows_in_registers}"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
     check_plan(plan, 10240, H200)
@@ -205,7 +261,7 @@ def test_pythia_2b8(kernel: Kernel, plan: Plan, dtype: str) -> None:
 
 
 def test_most_stages_and_warps(kernel: Kernel) -> None:
-    inputs = make_inputs(150, 520, "float16", 8)
+    inputs = make_inputs(150, 2056, "float16", 8)
     out, _ = kernel.launch(inputs, Plan(2, 1, MAX_STAGES, MAX_STAGES, MAX_CONSUMER_WARPS), num_clusters=1, seed=9)
     assert_same_bits(out, expected_bits(inputs), "most stages and warps")
 

@@ -12,20 +12,15 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpdown.bench.cuda_program import compile_cuda
+from gpu.harness_cases import RACECHECK_CASES, RING_CASES
+from mlpdown.jit.program import compile_cuda
 from mlpdown.jit.sources import package_sources
 from mlpdown.jit.toolchain import find_toolchain
-from mlpdown.plan import ROWS_IN_REGISTERS, Plan, instantiation
+from mlpdown.plan import Plan, instantiation
 
 SOURCE = "harness.cu"
 RUN_LIMIT_SECONDS = 60
 RACECHECK_LIMIT_SECONDS = 30  # a case: it follows every byte of shared memory, and every look at a barrier
-# A list of ring cases in harness.cu, and a case there.
-CASES = re.compile(r"^const TestCase (\w+)\[\] = \{\n(.*?)^\};$", re.MULTILINE | re.DOTALL)
-CASE = re.compile(
-    r"    \{(\d+), (\d+), \w+, \w+, \w+, "
-    r"\{(\d+), (\d+), (\d+), (\d+), (\d+), k(Shared|Registers), (\d+), k(NoPrefetch|Prefetch), ([01])\}\},"
-)
 FINDING = re.compile(r"Invalid|Barrier error|Uninitialized|Error:|Warning:|Program hit")
 # racecheck's report takes a line for an access, and one more for each access that it may clash with.
 RACE = re.compile(r"\w+: Race reported between (?P<access>.*)")
@@ -46,72 +41,19 @@ class Verdict:
     output: str
 
 
-@dataclasses.dataclass(frozen=True)
-class RingCase:
-    """A case of the ring kernel in ``harness.cu``."""
-
-    hidden_dim: int
-    intermediate_dim: int
-    plan: Plan
-
-
-def ring_cases() -> list[RingCase]:
-    """Those of ``harness run``."""
-    return read_cases("kCases")
-
-
-def racecheck_ring_cases() -> list[RingCase]:
-    """The first of ``harness racecheck NUMBER``."""
-    return read_cases("kRacecheckCases")
-
-
-def num_racecheck_cases() -> int:
-    """The numbers of ``harness racecheck NUMBER`` are below this: ring cases, and one for each number of rows in registers."""
-    return len(racecheck_ring_cases()) + len(ROWS_IN_REGISTERS)
-
-
-def read_cases(name: str) -> list[RingCase]:
-    """A list of ``harness.cu``. Raises ValueError if a line is neither a case nor a comment."""
-    lists = dict(CASES.findall((Path(__file__).parent / SOURCE).read_text()))
-    cases = []
-    for line in lists[name].splitlines():
-        match = CASE.fullmatch(line)
-        if match is not None:
-            hidden_dim, intermediate_dim, cluster_size, rows, stages, in_flight, warps = map(int, match.groups()[:7])
-            plan = Plan(
-                cluster_size,
-                rows,
-                stages,
-                in_flight,
-                warps,
-                activation_in_registers=match[8] == "Registers",
-                stagger_rows=int(match[9]),
-                weight_prefetch=match[10] == "Prefetch",
-                dependent_launch=match[11] == "1",
-            )
-            cases.append(RingCase(hidden_dim, intermediate_dim, plan))
-        elif not line.startswith("    //"):
-            raise ValueError(f"not understood in {name} of {SOURCE}: {line}")
-    return cases
-
-
 def build_harness(built_targets: Sequence[str] | None = None) -> Path:
     """Compile the launcher with the harness. Raises BuildError if that cannot be."""
     names = [name for name in package_sources().files if name.endswith((".h", ".cuh"))] + ["launcher.cu"]
     files = {name: package_sources().files[name] for name in names}
-    files["instantiations.h"] = _only_needed(files["instantiations.h"].decode()).encode()
+    # The ring kernels of the cases: compiling all takes longer than running them.
+    needed = {instantiation(case.plan, case.intermediate_dim) for case in (*RING_CASES, *RACECHECK_CASES)}
+    listed = re.compile(r"X\((\d+), (\d+), (\d+)\)")
+    header = files["instantiations.h"].decode()
+    kept = listed.sub(lambda match: match[0] if tuple(map(int, match.groups())) in needed else "", header)
+    members = " ".join(f"X({member.name})" for member in dataclasses.fields(Plan))
+    files |= {"instantiations.h": kept.encode(), "case_members.h": f"#define FOR_EACH_PLAN_MEMBER(X) {members}\n".encode()}
     files[SOURCE] = (Path(__file__).parent / SOURCE).read_bytes()
     return compile_cuda("harness", files, ["launcher.cu", SOURCE], shared=False, built_targets=built_targets)
-
-
-def _only_needed(header: str) -> str:
-    """The ring kernels of the cases: compiling all takes longer than running them."""
-    needed = {instantiation(case.plan, case.intermediate_dim) for case in [*ring_cases(), *racecheck_ring_cases()]}
-
-    def keep(match: re.Match[str]) -> str:
-        return match[0] if tuple(int(value) for value in match.groups()) in needed else ""
-
-    return re.sub(r"X\((\d+), (\d+), (\d+)\)", keep, header)
 
 
 @functools.cache
@@ -183,7 +125,7 @@ def _races(lines: Sequence[str]) -> list[str]:
 
 
 def _access(text: str) -> str:
-    """``Read f`` from ``Read access at void f<Float16, (unsigned int)1>(float (&)[8])+0x1ba0 in mlp_down.cuh:68 [8 hazards]``.
+    """``Read f`` from ``Read access at void f<Float16, (unsigned int)1>(float (&)[8])+0x1ba0 in activation.cuh:68 [8 hazards]``.
 
     Neither the type of the result nor arguments; a text that is not of this form as it is.
     """

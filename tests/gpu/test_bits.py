@@ -10,20 +10,22 @@ import pytest
 import torch
 from assertions import assert_same_bits, bits_of
 from gpu_cases import DEVICE, check_native, gpu_case, on_device, run_guarded
+from mlpdown.reference.order import num_segments
 
 import mlpdown
 from mlpdown import native_backend, reference
 from mlpdown import plan as plans
 from mlpdown.cases import KINDS, TORCH_DTYPES, make_case
-from mlpdown.plan import RTX_5090, Device, Plan, check_plan, choose_plan
+from mlpdown.heuristics import choose_plan
+from mlpdown.plan import RTX_5090, Device, Plan, check_plan
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = sorted(TORCH_DTYPES)
 PYTHIA_SHAPES = [(512, 2048), (768, 3072), (1024, 4096), (2048, 8192), (2560, 10240), (4096, 16384), (5120, 20480)]
-COMMON_SHAPES = [(4096, 11008), (4096, 14336), (3584, 18944)]
+COMMON_SHAPES = [(4096, 11008), (4096, 14336), (3584, 18944), (10240, 2560), (2560, 2560), (4096, 4096), (5120, 27648)]
 RAGGED_SHAPES = [
-    *itertools.product((1, 2, 31, 129), (8, 16, 56, 64, 72, 1032)),
+    *itertools.product((1, 2, 31, 129), (8, 16, 56, 64, 72, 1032, 2040, 2048, 4088, 4096, 8184, 8192)),
     (2561, 10248),
     (1, 32768),
     (1001, 32760),
@@ -36,7 +38,15 @@ RAGGED_SHAPES = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), PYTHIA_SHAPES + COMMON_SHAPES)
 def test_shapes_of_models(hidden_dim: int, intermediate_dim: int, dtype: str, kind: str) -> None:
+    device = native_backend.device_properties(torch.cuda.current_device())
     check_native(hidden_dim, intermediate_dim, dtype, kind)
+    check_native(
+        hidden_dim,
+        intermediate_dim,
+        dtype,
+        kind,
+        choose_plan(hidden_dim, intermediate_dim, device, weight_prefetch=True),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +70,9 @@ def test_optional_tensors(dtype: str, absent: tuple[str, ...], kind: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (300, 1032), (1500, 10240)])
+@pytest.mark.parametrize(
+    ("hidden_dim", "intermediate_dim"), [(1, 8), (300, 1032), (700, 2560), (500, 5640), (1500, 10240)]
+)
 def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
     device = native_backend.device_properties(torch.cuda.current_device())
     tensors, bits = gpu_case(hidden_dim, intermediate_dim, dtype)
@@ -72,8 +84,8 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
         if num_wrong:
             wrong.append((plan, num_wrong))
     assert not wrong, f"{len(wrong)} of {len(chosen)} plans change bits, e.g. {wrong[:4]}"
-    for rows in plans.ROWS_IN_REGISTERS:
-        assert sum(plan.rows_in_registers == rows for plan in chosen) == 4
+    for kernel in plans.REGISTERS_KERNELS:
+        assert sum((plan.rows_in_registers, plan.vectors_in_flight) == kernel for plan in chosen) >= 4
     rings = [plan for plan in chosen if not plan.rows_in_registers]
     for kernel in possible_kernels(intermediate_dim):
         assert sum(plans.instantiation(plan, intermediate_dim) == kernel for plan in rings) >= 4, kernel
@@ -82,31 +94,47 @@ def test_plan_never_changes_a_bit(hidden_dim: int, intermediate_dim: int, dtype:
 def possible_kernels(intermediate_dim: int) -> list[tuple[int, int, int]]:
     """The ring kernels that were compiled in for rows of this length."""
     vectors = plans.vectors_per_lane(intermediate_dim)
-    return [kernel for kernel in plans.instantiations() if kernel[2] in (0, vectors)]
+    segments = num_segments(intermediate_dim)
+    return [kernel for kernel in plans.instantiations() if kernel[2] in (0, vectors) and kernel[0] <= segments]
 
 
-# For each number of vectors a lane: all lanes have all; one lane of each segment has the last; the last segment is 7 shorter.
-VECTOR_DIMS = [(vectors, 2048 * vectors + offset) for vectors in range(1, 9) for offset in (0, -2048 + 64, -56)]
+# For each number of segments and of vectors a lane: all lanes have all; one lane of each segment has the last; the last segment is shorter.
+VECTOR_DIMS = [
+    (vectors, length)
+    for vectors, segments in itertools.product(range(1, 9), (1, 2, 4, 8))
+    for length in (
+        256 * segments * vectors,
+        256 * segments * (vectors - 1) + 8 * segments,
+        256 * segments * vectors - 56,
+    )
+    if num_segments(length) == segments and plans.vectors_per_lane(length) == vectors
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["ordinary", "special"])
 @pytest.mark.parametrize(("vectors", "intermediate_dim"), VECTOR_DIMS)
 def test_activation_in_registers(vectors: int, intermediate_dim: int, kind: str, dtype: str) -> None:
-    assert plans.vectors_per_lane(intermediate_dim) == vectors
+    segments = num_segments(intermediate_dim)
     for rows_per_stage, most in plans.VECTORS_IN_REGISTERS.items():
         if vectors <= most:
-            one_group = Plan(1, rows_per_stage, 4, 2, 8, activation_in_registers=True)
-            staggered = dataclasses.replace(one_group, num_consumer_warps=16, weight_prefetch=True, stagger_rows=1)
+            one_group = Plan(1, rows_per_stage, 4, 2, segments, activation_in_registers=True)
+            staggered = dataclasses.replace(
+                one_group, num_consumer_warps=2 * segments, weight_prefetch=True, stagger_rows=1
+            )
             for ring in (one_group, staggered):
                 check_native(1027, intermediate_dim, dtype, kind, ring)
 
 
 def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
     """Every combination of a few values of each field that is a plan for this device; the two switches take turns."""
+    segments = num_segments(intermediate_dim)
     fitting = [
-        Plan.in_registers(rows, weight_prefetch=weight_prefetch, dependent_launch=dependent_launch)
-        for rows in plans.ROWS_IN_REGISTERS
+        Plan.in_registers(
+            *kernel, num_consumer_warps=warps, weight_prefetch=weight_prefetch, dependent_launch=dependent_launch
+        )
+        for kernel in plans.REGISTERS_KERNELS
+        for warps in {segments, 8}
         for weight_prefetch, dependent_launch in itertools.product((False, True), (False, True))
     ]
     switches = itertools.cycle(itertools.product((False, True), (True, False)))
@@ -116,24 +144,23 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
         cluster_size, rows_per_stage, vectors = kernel
         num_stages, stages_in_flight, num_groups = values
         weight_prefetch, dependent_launch = next(switches)
-        plan = Plan(
-            cluster_size=cluster_size,
-            rows_per_stage=rows_per_stage,
-            num_stages=num_stages,
-            stages_in_flight=min(stages_in_flight, num_stages),
-            num_consumer_warps=num_groups * plans.NUM_SEGMENTS // cluster_size,
-            activation_in_registers=vectors > 0,
-            stagger_rows=next(staggers),
-            weight_prefetch=weight_prefetch,
-            dependent_launch=dependent_launch,
-        )
-        if plan in fitting:
-            continue
         try:
+            plan = Plan(
+                cluster_size=cluster_size,
+                rows_per_stage=rows_per_stage,
+                num_stages=num_stages,
+                stages_in_flight=min(stages_in_flight, num_stages),
+                num_consumer_warps=num_groups * segments // cluster_size,
+                activation_in_registers=vectors > 0,
+                stagger_rows=next(staggers),
+                weight_prefetch=weight_prefetch,
+                dependent_launch=dependent_launch,
+            )
             check_plan(plan, intermediate_dim, device)
         except ValueError:
             continue
-        fitting.append(plan)
+        if plan not in fitting:
+            fitting.append(plan)
     return fitting
 
 
@@ -142,15 +169,18 @@ def plans_that_fit(intermediate_dim: int, device: Device) -> list[Plan]:
 @pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), [(1, 8), (131, 72), (1027, 32760), (2560, 10240)])
 def test_both_kernels_at_every_kind_of_shape(hidden_dim: int, intermediate_dim: int, kind: str, dtype: str) -> None:
     """Which one a shape gets is the plan's affair; each must do for all."""
-    ring = Plan(cluster_size=8, rows_per_stage=2, num_stages=3, stages_in_flight=2, num_consumer_warps=1)
-    for plan in (ring, *(Plan.in_registers(rows) for rows in plans.ROWS_IN_REGISTERS)):
+    segments = num_segments(intermediate_dim)
+    ring = Plan(cluster_size=segments, rows_per_stage=2, num_stages=3, stages_in_flight=2, num_consumer_warps=1)
+    for plan in (ring, *(Plan.in_registers(*kernel) for kernel in plans.REGISTERS_KERNELS)):
         check_native(hidden_dim, intermediate_dim, dtype, kind, plan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden_dim", "intermediate_dim"), PYTHIA_SHAPES + COMMON_SHAPES)
 def test_rtx_5090s_plan_on_this_gpu(hidden_dim: int, intermediate_dim: int, dtype: str) -> None:
-    check_native(hidden_dim, intermediate_dim, dtype, "cancelling", choose_plan(hidden_dim, intermediate_dim, RTX_5090))
+    for weight_prefetch in (False, True):
+        plan = choose_plan(hidden_dim, intermediate_dim, RTX_5090, weight_prefetch=weight_prefetch)
+        check_native(hidden_dim, intermediate_dim, dtype, "cancelling", plan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

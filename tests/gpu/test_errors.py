@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +13,7 @@ from gpu_cases import DEVICE, gpu_case, run_guarded
 
 import mlpdown
 from mlpdown import native_backend
+from mlpdown.header import plan_members
 from mlpdown.plan import Plan
 
 pytestmark = pytest.mark.gpu
@@ -163,11 +164,18 @@ def test_grad_mode(name: str) -> None:
         assert torch.equal(mlpdown.run(**arguments), mlpdown.run(**arguments, backend="native"))
 
 
-def test_wrong_plans() -> None:
-    chosen = Plan(1, 2, 3, 2, 8)
-    for field, value in [("cluster_size", 3), ("rows_per_stage", 5), ("stages_in_flight", 4), ("num_stages", 99)]:
-        with pytest.raises(ValueError, match=rf"^plan\.{field} must be"):
-            mlpdown.run(**good(), backend="native", plan=dataclasses.replace(chosen, **{field: value}))
+def test_plans_that_do_not_fit_the_call() -> None:
+    words = {
+        Plan(4, 1, 2, 1, 1): r"^plan\.cluster_size must be at most 1",
+        Plan(1, 2, 3, 2, 2): r"^plan\.num_consumer_warps must be 1",
+        Plan(1, 2, 2, 2, 1, activation_in_registers=True): None,
+    }
+    for plan, message in words.items():
+        if message is None:
+            mlpdown.run(**good(), backend="native", plan=plan)
+        else:
+            with pytest.raises(ValueError, match=message):
+                mlpdown.run(**good(), backend="native", plan=plan)
     large = torch.zeros(8, 32768, dtype=torch.float16, device=DEVICE)
     with pytest.raises(ValueError, match=r"^plan needs \d+ bytes of shared memory a block at intermediate_dim 32768"):
         mlpdown.run(
@@ -179,16 +187,29 @@ def test_op_itself_refuses_what_python_would_have() -> None:
     """torch.ops.mlpdown can be called by anybody: no bad argument may reach the kernel."""
     native_backend.load()
     arguments = good()
-    ring = Plan(cluster_size=4, rows_per_stage=4, num_stages=4, stages_in_flight=2, num_consumer_warps=8)
+    ring = Plan(cluster_size=1, rows_per_stage=4, num_stages=4, stages_in_flight=2, num_consumer_warps=2)
     plan = native_backend.pack_plan(ring)
     for name, tensor in arguments.items():
         for wrong in (tensor.float(), tensor.cpu(), tensor[..., :8], torch.stack([tensor, tensor], -1)[..., 0]):
             with pytest.raises(RuntimeError, match="must"):
-                torch.ops.mlpdown.mlp_down(*{**arguments, name: wrong}.values(), plan)
-    changes: list[dict[str, int]] = [{"cluster_size": 3}, {"rows_per_stage": 7}, {"num_stages": 0}, {"stages_in_flight": 5}]
-    wrong_plans = [native_backend.pack_plan(dataclasses.replace(ring, **change)) for change in changes]
-    for wrong_plan in (*wrong_plans, -1, 1 << 62):
+                torch.ops.mlpdown.run(*{**arguments, name: wrong}.values(), plan)
+    shifts = dict(zip(plan_members(), itertools.accumulate(plan_members().values(), initial=0), strict=False))
+
+    def with_member(name: str, value: int) -> int:
+        mask = (1 << plan_members()[name]) - 1 << shifts[name]
+        return plan & ~mask | value << shifts[name]
+
+    assert with_member("num_stages", 4) == plan
+    changes = {
+        "cluster_size": 3,
+        "rows_per_stage": 7,
+        "num_stages": 0,
+        "stages_in_flight": 5,
+        "num_consumer_warps": 3,
+        "rows_in_registers": 3,
+    }
+    for wrong_plan in (*(with_member(*change) for change in changes.items()), -1, 1 << 62):
         with pytest.raises(RuntimeError, match="plan|instantiat|compiled"):
-            torch.ops.mlpdown.mlp_down(*arguments.values(), wrong_plan)
+            torch.ops.mlpdown.run(*arguments.values(), wrong_plan)
     with pytest.raises(RuntimeError, match="out must not overlap an input"):
-        torch.ops.mlpdown.mlp_down.out(*arguments.values(), plan, out=arguments["hidden_states"])
+        torch.ops.mlpdown.run.out(*arguments.values(), plan, out=arguments["hidden_states"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from receipt.goldens import GOLDEN_CASES
 
 import mlpdown
+from mlpdown import golden
 from mlpdown.check import result_bits
-from mlpdown.receipt_goldens import GOLDEN_CASES, GoldenCase, read_golden
+from mlpdown.golden import GoldenCase, read_golden
 
 pytestmark = pytest.mark.gpu
 
-FOLDER = Path(__file__).parent.parent / "data" / "goldens"
+FOLDER = Path(golden.__file__).parent / "goldens"
 
 
 @pytest.mark.parametrize("golden_case", GOLDEN_CASES, ids=lambda case: case.file_name)

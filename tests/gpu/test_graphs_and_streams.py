@@ -161,13 +161,13 @@ def test_opcheck(optional: bool) -> None:
     plan = native_backend.packed_plan((96, 512), torch.cuda.current_device(), None, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, arguments in [
-        (torch.ops.mlpdown.mlp_down.default, (*tensors, plan)),
-        (torch.ops.mlpdown.partial_sums.default, (tensors[2], tensors[3], plan)),
+        (torch.ops.mlpdown.run.default, (*tensors, plan)),
+        (torch.ops.mlpdown.row_sums.default, (tensors[2], tensors[3], plan)),
     ]:
         assert torch.library.opcheck(op, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
     out = torch.empty_like(tensors[0])
     checked = torch.library.opcheck(
-        torch.ops.mlpdown.mlp_down.out, (*tensors, plan), {"out": out}, test_utils=checks[:1]
+        torch.ops.mlpdown.run.out, (*tensors, plan), {"out": out}, test_utils=checks[:1]
     )
     assert checked == {"test_schema": "SUCCESS"}
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mlpdown.reference.order import MAX_SEGMENTS
 
 import mlpdown
 from gpu.weight_writer import write_late
 from mlpdown.cases import Case, make_case
-from mlpdown.plan import CLUSTER_SIZES, NUM_SEGMENTS, ROWS_IN_REGISTERS, Plan
+from mlpdown.plan import CLUSTER_SIZES, REGISTERS_KERNELS, Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +27,7 @@ SHAPE = (2560, 10240)
 
 def _ring(cluster_size: int) -> Plan:
     """A ring that is small enough for every GPU, and a group of warps."""
-    return Plan(cluster_size, 1, num_stages=3, stages_in_flight=2, num_consumer_warps=NUM_SEGMENTS // cluster_size)
+    return Plan(cluster_size, 1, num_stages=3, stages_in_flight=2, num_consumer_warps=MAX_SEGMENTS // cluster_size)
 
 
 # The activation in shared memory, in registers, and there with two groups of warps; weights in registers.
@@ -34,7 +35,7 @@ KERNELS = [
     *(_ring(size) for size in CLUSTER_SIZES),
     dataclasses.replace(_ring(1), activation_in_registers=True),
     Plan(1, 1, num_stages=4, stages_in_flight=2, num_consumer_warps=16, activation_in_registers=True, stagger_rows=1),
-    *map(Plan.in_registers, ROWS_IN_REGISTERS),
+    *(Plan.in_registers(*kernel) for kernel in REGISTERS_KERNELS),
 ]
 
 

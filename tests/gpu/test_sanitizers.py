@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gpu.harness import (
-    RingCase,
-    Verdict,
-    build_harness,
-    find_sanitizer,
-    num_racecheck_cases,
-    ring_cases,
-    run_harness,
-    sanitize,
-)
-from mlpdown.plan import ROWS_IN_REGISTERS
+from gpu.harness import Verdict, build_harness, find_sanitizer, run_harness, sanitize
+from gpu.harness_cases import RACECHECK_CASES, REGISTERS_CASES, RING_CASES, HarnessCase
 
 pytestmark = pytest.mark.gpu
 
@@ -39,38 +29,45 @@ class Shared:
 
 ORDERED = (
     Shared(
-        readers=("ptx::ld_shared", "accumulate_batch", "accumulate_segment"),
+        readers=("ptx::ld_shared", "ActivationInRegisters::accumulate", "ActivationInSharedMemory::accumulate"),
         writers=("ptx::cp_async_bulk_evict_first",),
-        ordered_by="a stage: full_barriers before the reads, empty_barriers before the copies of the next pass",
+        ordered_by="a stage: its full barrier before the reads, its empty barrier before the copies of the next pass",
     ),
     Shared(
-        readers=("ptx::ld_shared", "accumulate_batch"),
+        readers=("ptx::ld_shared", "ActivationInSharedMemory::accumulate"),
         writers=("ptx::cp_async_bulk",),
-        ordered_by="the activation: activation_barrier",
+        ordered_by="the activation: its barrier",
     ),
     Shared(
-        readers=("ptx::ld_shared", "load_segment_sums"),
+        readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_shared",),
-        ordered_by="partial sums, cluster of one: partials_full before the reads, partials_empty before the stores of the tile 16 later",
+        ordered_by="segment sums, cluster of one: the slot's full barrier before the reads, its empty barrier before the next stores",
     ),
     Shared(
-        readers=("ptx::ld_shared", "load_segment_sums"),
+        readers=("ptx::ld_shared_float", "sum_segments"),
         writers=("ptx::st_async",),
-        ordered_by="partial sums: bytes counted by partials_full before the reads, partials_empty before the stores of the tile 16 later",
+        ordered_by="segment sums: bytes that the slot's full barrier counts before the reads, its empty barrier before the next stores",
     ),
 )
 # What racecheck may report although it is in order: the pair of accesses -> what orders them.
 EXPLAINED_HAZARDS = {
-    f"Read {reader} / Write {writer}": shared.ordered_by
-    for shared in ORDERED
-    for reader in shared.readers
-    for writer in shared.writers
+    f"Read {reader} / Write {writer}": shared.ordered_by for shared in ORDERED for reader in shared.readers for writer in shared.writers
 }
 
 
 @pytest.fixture(scope="module")
 def harness() -> Path:
     return build_harness()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, HarnessCase]:
+    """Every case but racecheck's, written for the harness."""
+    folder = tmp_path_factory.mktemp("cases")
+    cases = {folder / str(number): case for number, case in enumerate((*RING_CASES, *REGISTERS_CASES))}
+    for path, case in cases.items():
+        case.write(path)
+    return cases
 
 
 @pytest.fixture(autouse=True)
@@ -80,17 +77,19 @@ def _needs_sanitizer(request: pytest.FixtureRequest) -> None:
         pytest.skip("compute-sanitizer is neither beside nvcc nor on PATH")
 
 
-def test_harness_computes_what_it_should(harness: Path) -> None:
-    assert_all_cases_right(run_harness(harness, "run"), ring_cases())
+def test_harness_computes_what_it_should(harness: Path, files: dict[Path, HarnessCase]) -> None:
+    assert "exit status 0" in run_harness(harness, "run", *map(str, files))
+    assert_right_bits(files)
 
 
-def test_code_for_older_gpus_runs_registers_and_refuses_the_ring() -> None:
+def test_code_for_older_gpus_runs_registers_and_refuses_the_ring(files: dict[Path, HarnessCase]) -> None:
     """PTX of sm_80 runs here too: without a ring, and without dependent launch, for which its kernels would not wait."""
-    output = run_harness(build_harness(("compute_80",)), "older")
-    assert "ring refused: plan: the ring needs compute capability 9.0" in output, output
-    counts = wrong_elements(output)
-    assert len(counts) > len(ROWS_IN_REGISTERS), output
-    assert set(counts) == {"0"}, output
+    older = build_harness(("compute_80",))
+    ring = next(path for path, case in files.items() if not case.plan.rows_in_registers)
+    assert "the ring needs compute capability 9.0" in run_harness(older, "run", str(ring))
+    registers = {path: case for path, case in files.items() if case.plan.rows_in_registers}
+    assert "exit status 0" in run_harness(older, "run", *map(str, registers))
+    assert_right_bits(registers)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -101,11 +100,13 @@ def test_tool_finds_a_planted_fault(tool: str, harness: Path, record_property: C
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_tool_finds_nothing_in_the_kernel(tool: str, harness: Path, record_property: Callable[[str, object], None]) -> None:
-    verdict = sanitize(tool, harness, "run")
+def test_tool_finds_nothing_in_the_kernel(
+    tool: str, harness: Path, files: dict[Path, HarnessCase], record_property: Callable[[str, object], None]
+) -> None:
+    verdict = sanitize(tool, harness, "run", *map(str, files))
     record_property("errors", verdict.num_errors)
     assert verdict.num_errors == 0, verdict.output
-    assert_all_cases_right(verdict.output, ring_cases())
+    assert_right_bits(files)
 
 
 def test_racecheck_finds_a_planted_fault(harness: Path, record_property: Callable[[str, object], None]) -> None:
@@ -114,13 +115,17 @@ def test_racecheck_finds_a_planted_fault(harness: Path, record_property: Callabl
     assert verdict.num_errors + verdict.num_warnings > 0, verdict.output
 
 
-@pytest.mark.parametrize("number", range(num_racecheck_cases()))
-def test_every_hazard_of_racecheck_is_explained(number: int, harness: Path, record_property: Callable[[str, object], None]) -> None:
-    verdict = sanitize("racecheck", harness, "racecheck", str(number))
+@pytest.mark.parametrize("case", RACECHECK_CASES, ids=lambda case: f"{case.hidden_dim}x{case.intermediate_dim}-{case.plan.cluster_size}")
+def test_every_hazard_of_racecheck_is_explained(
+    case: HarnessCase, harness: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    # Shared memory is a launch's own: to racecheck a second call says nothing new.
+    case.write(tmp_path / "case", num_calls=1)
+    verdict = sanitize("racecheck", harness, "run", str(tmp_path / "case"))
     record_property("errors", verdict.num_errors)
     record_property("warnings", verdict.num_warnings)
     record_property("hazards", " | ".join(f"{finding}: {EXPLAINED_HAZARDS.get(finding, 'not explained')}" for finding in verdict.findings))
-    assert wrong_elements(verdict.output) == ["0"], verdict.output
+    assert case.num_wrong(tmp_path / "case") == 0
     assert not unexplained(verdict), "\n".join([*unexplained(verdict), verdict.output[-3000:]])
 
 
@@ -131,14 +136,8 @@ def unexplained(verdict: Verdict) -> list[str]:
     return [finding for finding in verdict.findings if finding not in EXPLAINED_HAZARDS]
 
 
-def assert_all_cases_right(output: str, ring: Sequence[RingCase]) -> None:
-    """Each case of the harness printed its line, with no wrong element; cases of both kernels."""
-    assert len(re.findall(r"\b0 rows in registers.*: \d+ wrong$", output, re.MULTILINE)) == len(ring), output
-    counts = wrong_elements(output)
-    assert len(counts) > len(ring), output
-    assert set(counts) == {"0"}, output
-
-
-def wrong_elements(output: str) -> list[str]:
-    """How many elements were wrong, by case."""
-    return re.findall(r"\d+ rows in registers.*: (\d+) wrong$", output, re.MULTILINE)
+def assert_right_bits(files: dict[Path, HarnessCase]) -> None:
+    """The harness wrote the specification's bits for every case. The files that say so are removed: each run must write its own."""
+    for path, case in files.items():
+        assert case.num_wrong(path) == 0, case
+        Path(f"{path}.out").unlink()

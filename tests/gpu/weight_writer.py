@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mlpdown.bench.cuda_program import compile_cuda
+from mlpdown.jit.program import compile_cuda
 
 SOURCE = "weight_writer.cu"
 # Few enough that every cluster but a few finds its SMs free, many enough that writing a large weight takes microseconds, not milliseconds.

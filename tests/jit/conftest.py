@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpdown import plan
-from mlpdown.jit import driver, library, targets
+from mlpdown.jit import library, targets, toolchain
 
 ONE_TARGET = ("sm_90",)
 
@@ -29,6 +29,7 @@ for word in "$@"; do
     previous="$word"
 done
 case " $* " in
+    *" -E "*) . "$here/on-trial.sh"; exit 0 ;;
     *" -c "*)
         echo compiled >> "$here/compiled"
         . "$here/on-compile.sh"
@@ -82,6 +83,10 @@ class FakeCompilers:
         """Shell commands that nvcc runs before it compiles."""
         (self.folder / "on-compile.sh").write_text(script)
 
+    def on_trial(self, script: str) -> None:
+        """Shell commands that nvcc runs when it is tried with the host compiler ``$2``."""
+        (self.folder / "on-trial.sh").write_text(script)
+
     @property
     def num_compilations(self) -> int:
         counted = self.folder / "compiled"
@@ -90,11 +95,11 @@ class FakeCompilers:
 
 def _kernel_symbols(dtype: str) -> list[str]:
     """Every kernel of one dtype, as the compiler names it."""
-    ring = [
-        f"_Z8mlp_downI{dtype}{''.join(f'Lj{value}E' for value in values)}Ev14MlpDownProblem11MlpDownPlan13MlpDownShares"
-        for values in plan.instantiations()
+    kernels = [("4ring", values) for values in plan.instantiations()] + [("9registers", values) for values in plan.REGISTERS_KERNELS]
+    return [
+        f"_Z{name}I{dtype}{''.join(f'Lj{value}E' for value in values)}Ev14MlpDownProblem11MlpDownPlan8Geometry"
+        for name, values in kernels
     ]
-    return ring + [f"_Z18mlp_down_registersI{dtype}Lj{rows}EEv14MlpDownProblem" for rows in plan.ROWS_IN_REGISTERS]
 
 
 @pytest.fixture
@@ -109,12 +114,15 @@ def fake_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompi
     fake.set_version("13.0.88")
     fake.set_report(names=ONE_TARGET)
     fake.on_compile("")
+    fake.on_trial("")
+    for variable in (*toolchain.HOST_VARIABLES, *toolchain.IGNORED_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
     monkeypatch.setenv("MLPDOWN_NVCC", str(fake.nvcc))
     monkeypatch.setenv("MLPDOWN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "prebuilt_folder", lambda: tmp_path / "no-prebuilt")
     monkeypatch.setattr(targets, "present_capabilities", lambda: [(9, 0)])
-    monkeypatch.setattr(driver, "supported_cuda", lambda: None)
+    monkeypatch.setattr(toolchain, "supported_cuda", lambda: None)
     return fake
 
 

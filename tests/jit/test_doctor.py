@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
 import torch
 
-from mlpdown import doctor
-from mlpdown.jit import driver, library
+from mlpdown import backends, cli, doctor, numba_backend, numba_refusal
+from mlpdown.jit import library, toolchain
 
 from .conftest import ONE_TARGET, FakeCompilers
 
@@ -43,21 +45,27 @@ def test_machine_without_gpu_compiler_and_home(tmp_path: Path) -> None:
     assert findings["backends"]["auto_takes"] == "torch"  # type: ignore[index]
     assert findings["backends"]["native"]["available"] is False  # type: ignore[index]
     assert findings["backends"]["native"]["reason"]  # type: ignore[index]
-    assert findings["compilers"]["host"]["path"] is None  # type: ignore[index]
+    assert findings["compilers"]["host"] == []  # type: ignore[index]
+    assert findings["compilers"]["taken"] is None  # type: ignore[index]
+    assert findings["headline"].startswith("The native kernel does not run here: auto takes PyTorch; numba gives the exact bits")  # type: ignore[attr-defined]
+    assert findings["plan"] == {}  # and of no GPU that is not here
     assert not (tmp_path / "cache").exists()
-    for result in findings["self_test"]:  # type: ignore[attr-defined]
-        assert result["wrong_bits"] == 0 or not result["promises_bits"]
+    (compared,) = findings["self_test"]["compared"]  # type: ignore[index]
+    assert re.fullmatch(r"[\d,]+ elements recorded on an NVIDIA .*, replayed by numba on this CPU: 0 differ\.", compared)
 
 
-def test_report_for_people_ends_with_its_verdict(
+def test_report_for_people_begins_with_its_headline_and_ends_with_its_verdict(
     capsys: pytest.CaptureFixture[str], fake_compilers: FakeCompilers
 ) -> None:
-    assert doctor.main(_arguments()) == 0
+    assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
+    assert said.startswith("The native kernel ")
     assert said.rstrip().endswith("no problems")
     for variable in doctor.VARIABLES:
         assert variable in said
     assert str(fake_compilers.nvcc) in said
+    for word in ("True", "False", "None", "H200: ", "wrong_bits"):
+        assert word not in said
 
 
 def test_at_most_three_variables_are_read_and_doctor_lists_them() -> None:
@@ -78,7 +86,7 @@ def test_untrusted_cache_and_corrupted_library_are_problems(fake_compilers: Fake
 
 def test_driver_that_is_too_old(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
     library.build(ONE_TARGET)
-    monkeypatch.setattr(driver, "supported_cuda", lambda: (12, 4))
+    monkeypatch.setattr(toolchain, "supported_cuda", lambda: (12, 4))
     findings = doctor.examine()
     assert findings["driver"]["supports_cuda"] == "12.4"
     assert "needs driver 580 or newer" in findings["library"]["passed_over"][0]
@@ -98,20 +106,58 @@ def test_a_probe_that_fails_is_a_finding_not_a_crash(
     assert findings["versions"]["torch"] == torch.__version__
 
 
-def test_wrong_bits_are_a_problem(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = {
-        "backend": "native",
-        "device": "cuda",
-        "elements": 96,
-        "promises_bits": True,
-        "wrong_bits": 2,
-        "outside_bound": 1,
+def test_wrong_bits_are_a_broken_promise(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = numba_backend.run
+
+    def one_bit_off(*arguments: Any) -> torch.Tensor:
+        result = right(*arguments)
+        result.view(torch.int16)[0, 0] ^= 1
+        return result
+
+    monkeypatch.setattr(numba_backend, "run", one_bit_off)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"numba on cpu: 1 of 64 elements have other bits than were recorded on an NVIDIA .* \(64x264-.*\.json\)", said)
+
+
+def test_what_is_broken_but_no_promise_is_status_2(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
+    library.build(ONE_TARGET)
+    (tmp_path / "cache").chmod(0o777)
+    assert cli.main(["doctor", "--json"]) == 2
+
+
+@pytest.mark.parametrize("damage", ["not installed", "not importable", "not to compile"])
+def test_specification_that_cannot_run_is_a_problem(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, damage: str
+) -> None:
+    numba_refusal.numba_refusal.cache_clear()
+    request.addfinalizer(numba_refusal.numba_refusal.cache_clear)
+    reasons = {
+        "not installed": "Numba cannot be imported (ModuleNotFoundError",
+        "not importable": "Numba cannot be imported (AttributeError: module 'numpy' has no attribute 'row_stack')",
+        "not to compile": "NUMBA_DISABLE_JIT keeps Numba from compiling",
     }
-    monkeypatch.setattr(doctor, "_self_test", lambda: [wrong])
-    problems = doctor.examine()["problems"]
-    assert "backend native on cuda: 2 of 96 outputs have wrong bits" in problems
-    assert "backend native on cuda: 1 of 96 outputs are too far from the float64 result" in problems
+    if damage == "not to compile":
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    elif damage == "not installed":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+
+        def refuse(name: str) -> None:
+            raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+        monkeypatch.setattr(numba_refusal.importlib, "import_module", refuse)
+    states = backends()
+    assert not states["numba"].available and states["numba"].reason.startswith(reasons[damage])
+    findings = doctor.examine()
+    assert any(f"the specification cannot run here: {reasons[damage]}" in problem for problem in findings["problems"])
+    assert "nothing gives the exact bits" in findings["headline"]
 
 
-def _arguments() -> doctor.argparse.Namespace:
-    return doctor.argparse.Namespace(json=False)
+def test_flags_of_the_environment_are_named_and_not_used(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-use_fast_math")
+    assert doctor.examine()["environment"]["NVCC_APPEND_FLAGS"] == "-use_fast_math (not used: it could change bits)"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlpdown import cli
-from mlpdown.jit import BuildError, cache, driver, library, targets, toolchain
+from mlpdown.jit import BuildError, cache, library, targets, toolchain
 
 from .conftest import BUILD_IN_A_PROCESS, ONE_TARGET, FakeCompilers, start_python
 
@@ -43,30 +43,27 @@ def test_two_processes_at_once_build_once(fake_compilers: FakeCompilers) -> None
     assert fake_compilers.num_compilations == 1
 
 
-def test_waiting_for_another_build_says_so(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    cache.create(folder)
-    said: list[str] = []
-    with cache.lock(folder, "key", said.append):
+def test_waiting_for_another_build_says_so(fake_compilers: FakeCompilers, capsys: pytest.CaptureFixture[str]) -> None:
+    with cache.building_folder("key"):
         other = start_python(
-            "import sys; from pathlib import Path; from mlpdown.jit import cache\n"
-            f"with cache.lock(Path({str(folder)!r}), 'key', lambda text: print(text, flush=True)): print('mine', flush=True)"
+            "from mlpdown.jit import cache\nwith cache.building_folder('key'): print('mine', flush=True)"
         )
-        assert other.stdout is not None
-        line = other.stdout.readline()
-        assert f"another process ({os.getpid()}) is building the library" in line
+        assert other.stderr is not None
+        line = other.stderr.readline()
+        assert f"another process ({os.getpid()}) is building key; waiting for it" in line
     out, _ = other.communicate(timeout=30)
     assert out.strip() == "mine"
-    assert said == []
+    assert capsys.readouterr().err == ""
 
 
-def test_lock_held_for_too_long_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_held_for_too_long_is_an_error_not_a_hang(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "LOCK_LIMIT_SECONDS", 0.3)
-    cache.create(tmp_path / "cache")
     with (
-        cache.lock(tmp_path / "cache", "key", print),
+        cache.building_folder("key"),
         pytest.raises(BuildError, match="another process has held"),
-        cache.lock(tmp_path / "cache", "key", print),
+        cache.building_folder("key"),
     ):
         pass
 
@@ -125,12 +122,12 @@ def test_old_driver_passes_over_newer_libraries_and_compilers(
 ) -> None:
     folder = _make_prebuilt(library.build(ONE_TARGET), tmp_path / "prebuilt")
     monkeypatch.setattr(library, "prebuilt_folder", lambda: folder)
-    monkeypatch.setattr(driver, "supported_cuda", lambda: (12, 8))
+    monkeypatch.setattr(toolchain, "supported_cuda", lambda: (12, 8))
     with pytest.raises(BuildError) as raised:
         library.find_or_build()
     message = str(raised.value)
-    assert "its libraries would not run here: one made by CUDA 13.0, which needs driver 580 or newer" in message
-    assert "the prebuilt library is not used: it was made by CUDA 13.0" in message
+    assert "its libraries would not run here: CUDA 13.0 needs driver 580 or newer" in message
+    assert "the prebuilt library is not used: CUDA 13.0 needs driver 580" in message
     assert "the installed driver supports CUDA 12.8" in message
     fake_compilers.set_version("12.8.93")
     assert library.find_or_build().manifest.cuda_version == (12, 8)
@@ -142,7 +139,7 @@ def test_old_driver_passes_over_newer_libraries_and_compilers(
 def test_no_compiler_anywhere_says_where_it_was_looked_for(
     fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolchain, "_places", lambda: iter(()))
+    monkeypatch.setattr(toolchain, "_nvcc_places", lambda: iter(()))
     with pytest.raises(
         BuildError, match=r"no CUDA compiler: no nvcc in CUDA_HOME, on PATH.*pip install 'mlpdown\[nvcc\]'"
     ):
@@ -167,13 +164,13 @@ def test_nvcc_that_is_not_there(fake_compilers: FakeCompilers, monkeypatch: pyte
         ("#!/bin/sh\necho hello\n", "its --version is not nvcc's: 'hello'"),
         ("#!/bin/sh\necho broken install >&2; exit 3\n", "--version ended with status 3: broken install"),
         ("#!/no/such/interpreter\n", "it cannot be run"),
-        ("#!/bin/sh\nexec sleep 60\n", "it did not answer --version"),
+        ("#!/bin/sh\nexec sleep 60\n", "it did not answer in 1 s"),
     ],
 )
 def test_nvcc_that_is_something_else(
     fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
-    monkeypatch.setattr(toolchain, "_VERSION_SECONDS", 1)
+    monkeypatch.setattr(toolchain, "_ANSWER_SECONDS", 1)
     fake_compilers.nvcc.write_text(script)
     with pytest.raises(BuildError, match=said):
         library.find_or_build()
@@ -197,7 +194,7 @@ def test_places_in_order(fake_compilers: FakeCompilers, monkeypatch: pytest.Monk
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(__import__("sys").modules, "nvidia", raising=False)
-    origins = [candidate.origin for candidate in toolchain.candidates()]
+    origins = [compiler.origin for compiler in toolchain.nvcc_compilers()]
     assert [origin for origin in origins if origin != "/usr/local/cuda"] == ["CUDA_HOME", "PATH", "PyPI"]
     assert toolchain.find_toolchain().nvcc == homes[0] / "nvcc"
     (homes[0] / "nvcc").unlink()  # a CUDA_HOME that leads nowhere is passed over
@@ -222,7 +219,7 @@ def test_first_compiler_error_is_shown_and_no_traceback(
         'echo "mlp_down.cuh(12): error: identifier \\"nonsense\\" is undefined"; '
         'echo "mlp_down.cuh(13): error: a second one"; exit 2'
     )
-    assert cli.main(["build", "--arch", "sm_90"]) == 1
+    assert cli.main(["build", "--arch", "sm_90"]) == 2
     said = capsys.readouterr().err
     assert 'mlp_down.cuh(12): error: identifier "nonsense" is undefined' in said
     assert "a second one" not in said
@@ -262,5 +259,5 @@ def test_library_that_does_not_load_is_a_build_error(
 ) -> None:
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_failure", None)
-    with pytest.raises(BuildError, match="does not load"):
+    with pytest.raises(BuildError, match="the native library cannot be found, built or loaded: .*libmlpdown.so"):
         library.load()  # what the fake compilers make is no library

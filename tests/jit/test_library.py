@@ -30,7 +30,7 @@ def built() -> library.LibraryInfo:
 
 def test_all_targets_compile_without_spills(built: library.LibraryInfo) -> None:
     kernels = built.manifest.kernels
-    assert len(kernels) == len(targets.MACHINE_TARGETS) * 2 * (len(plan.instantiations()) + len(plan.ROWS_IN_REGISTERS))
+    assert len(kernels) == len(targets.MACHINE_TARGETS) * 2 * (len(plan.instantiations()) + len(plan.REGISTERS_KERNELS))
     assert {kernel["target"] for kernel in kernels} == set(targets.MACHINE_TARGETS)
     for kernel in kernels:
         assert kernel["registers"] > 0
@@ -67,7 +67,6 @@ def test_library_carries_the_hash_of_its_source(built: library.LibraryInfo) -> N
 def test_ops_are_registered_once_it_is_loaded(built: library.LibraryInfo) -> None:
     code = (
         "import torch; from mlpdown.jit import library; first = library.load(); assert library.load() is first\n"
-        "assert library.loaded() is first\n"
         "print(torch.ops.mlpdown.mlp_down.overloads(), torch.ops.mlpdown.partial_sums.overloads())"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from mlpdown.golden import shipped_goldens
+
+# What servers of models pin: vLLM 0.33 and SGLang 0.5.23.
+SERVERS = {
+    "vLLM": {"torch": "2.14.0", "numba": "0.65.0", "numpy": "2.3.5", "rich": "15.0.0"},
+    "SGLang": {"torch": "2.14.1", "numba": "0.65.1", "numpy": "2.3.5", "rich": "15.0.0"},
+}
 ROOT = Path(__file__).parents[2]
 IMPORT_MILLISECONDS = 50.0
 
@@ -44,8 +52,19 @@ def test_every_python_package_is_listed() -> None:
     assert names == expected
 
 
-@pytest.mark.parametrize("command", [[], ["nonsense"], ["build", "--nonsense"]])
-def test_wrong_usage_ends_with_status_2(command: list[str]) -> None:
-    process = subprocess.run([sys.executable, "-m", "mlpdown", *command], capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert "usage: mlpdown" in process.stderr
+@pytest.mark.parametrize("server", SERVERS)
+def test_installs_beside_the_servers(server: str) -> None:
+    """Neither they nor this package need another version of what they share; ``make compat`` runs there."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]$", text, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    requirements = {r.name: r.specifier for r in map(Requirement, re.findall(r'^ +"([^"]+)"', listed[1], re.MULTILINE))}
+    assert set(requirements) == {"torch", "numpy", "numba", "numba-cuda", "rich"}
+    for package, version in SERVERS[server].items():
+        assert requirements[package].contains(version), (package, version)
+
+
+def test_goldens_ship_with_the_package() -> None:
+    names = {file.name for file in shipped_goldens()}
+    assert names == {path.name for path in (ROOT / "mlpdown" / "goldens").iterdir()}
+    assert re.search(r'^mlpdown = \[.*"goldens/\*\.json".*\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpdown import golden
 from mlpdown.jit import cache, sources, targets
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,8 @@ def test_wheel_holds_every_target_and_the_hash_of_its_sources(wheel: Path) -> No
     with zipfile.ZipFile(wheel) as archive:
         manifest = cache.Manifest.from_json(archive.read(f"mlpdown/native/prebuilt/{cache.MANIFEST_NAME}").decode())
         library = archive.read(f"mlpdown/native/prebuilt/{cache.LIBRARY_NAME}")
+        goldens = {name for name in archive.namelist() if re.fullmatch(r"mlpdown/goldens/.+", name)}
+    assert goldens == {f"mlpdown/goldens/{file.name}" for file in golden.shipped_goldens()}
     assert manifest.targets == targets.ALL_TARGETS
     assert manifest.source_hash == sources.embedded_hash(library) == sources.read_sources().source_hash
     assert manifest.checksum == cache.checksum(library)
@@ -90,7 +94,12 @@ def test_installed_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert json.loads(doctor.stdout)["library"]["origin"] == "prebuilt"
+    findings = json.loads(doctor.stdout)
+    assert findings["library"]["origin"] == "prebuilt"
+    assert "replayed by numba on this CPU: 0 differ" in findings["self_test"]["compared"][0]
+    build = [python, "-m", "mlpdown", "build"]
+    process = subprocess.run(build, env=bare, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0 and "nothing to build" in process.stdout, process.stderr
     assert not (tmp_path / ".cache").exists()
 
 
@@ -104,5 +113,6 @@ def test_source_archive_holds_what_a_build_needs(tmp_path: Path) -> None:
     expected |= {
         str(path.relative_to(ROOT)) for folder in ("mlpdown", "reference") for path in (ROOT / folder).rglob("*.py")
     }
+    expected |= {f"mlpdown/goldens/{file.name}" for file in golden.shipped_goldens()}
     assert expected <= names
     assert not {name for name in names if name.endswith(".so")}
