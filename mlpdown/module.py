@@ -6,10 +6,11 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from mlpdown import ops, torch_backend
+from mlpdown import ops
 from mlpdown.backends import say_once
 from mlpdown.validate import DTYPES, needs_grad
 
@@ -106,7 +107,9 @@ class MLPDown(nn.Module):
         if reason is not None and self.backend in ("auto", "torch"):
             if self.backend == "auto":
                 say_once(f"MLPDown is computed by PyTorch: {reason}", level=logging.INFO)
-            return torch_backend.run(hidden_states, attn_output, mlp_intermediate, weight, bias, None)
+            # Not by backend 'torch', which takes what the op takes.
+            result = F.linear(mlp_intermediate, weight, bias).reshape(hidden_states.shape)
+            return (result if attn_output is None else result + attn_output) + hidden_states
         if reason is not None and reason != AUTOCAST and weight.dtype in DTYPES:
             raise RuntimeError(f"backend {self.backend!r} cannot be used while {reason}: take backend='torch'")
         return fused_mlp_down(
