@@ -202,8 +202,8 @@ DROPOUTS = (LeafForm("torch.nn.Dropout", "9cf120a0 7448cb1e"),)
 
 Form = TypeVar("Form", LayerForm, MLPForm, LeafForm)
 
-KNOWN: dict[Any, LayerForm | MLPForm | LeafForm] = {}
-"""The form of each method that :func:`recognise` has recognised: one look at each call."""
+_known: dict[Any, LayerForm | MLPForm | LeafForm] = {}
+"""The form of each method that has been recognised, so that none is read twice."""
 
 
 def recognise(cls: type, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
@@ -214,14 +214,14 @@ def recognise(cls: type, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
     """
     function = getattr(cls, "forward", None)
     unwrapped = unwrap(function)
-    form = KNOWN.get(function)
+    form = _known.get(function)
     if form not in forms:
         try:
             form = _match(unwrapped.function, forms)
             verify(unwrapped.function)
         except UnknownCode as error:
             raise UnknownCode(f"{cls.__module__}.{cls.__qualname__}.forward is not known: {error}") from None
-        KNOWN[function] = form
+        _known[function] = form
     return form, unwrapped
 
 

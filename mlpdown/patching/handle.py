@@ -148,7 +148,7 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
         for name, layer, found in _find_layers(model):
             if isinstance(found, str):
                 skipped[name] = found
-            elif (reason := _obstacle(layer, found)) is not None:
+            elif (reason := _obstacle(layer, found, handle._record)) is not None:
                 skipped[name] = reason
             else:
                 layers.append((name, layer, found))
@@ -225,12 +225,12 @@ def _is_within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
-def _obstacle(layer: Any, cls: Any) -> str | None:
+def _obstacle(layer: Any, cls: Any, record: Record) -> str | None:
     """Why this layer cannot be patched, or None."""
     forward = layer.__dict__.get("forward")
     if forward is not None and not _is_bound(forward, layer, type(layer)):
         return "it has a forward of its own (offloaded, dispatched or wrapped)"
-    return layer_obstacle(layer, cls)
+    return layer_obstacle(layer, cls, record)
 
 
 def _backend_of_one_token(backend: str, layers: list[nn.Module]) -> tuple[str | None, str | None]:
@@ -273,7 +273,9 @@ def _release(name: str, layer: nn.Module, record: Record | None) -> bool:
     if own is not None:
         _swap_class(layer, own)
     elif isinstance(layer, PatchedLayer):
-        logger.warning("%s keeps its class %s, made of a patched one; it runs the model's own code", name, type(layer))
+        logger.warning(
+            "%s keeps its class %s, made of a patched one; it runs the model's own code", name, type(layer).__name__
+        )
     if own is not None and "forward" in layer.__dict__ and not _is_bound(layer.__dict__["forward"], layer, own):
         logger.warning("%s keeps the forward that it was given while patched; that runs the model's own code", name)
     return True

@@ -22,7 +22,7 @@ from mlpdown.module import full_name, fused_mlp_down, linear_obstacle, module_ob
 from mlpdown.validate import DTYPES, VECTOR_SIZE
 
 from .code import UnknownCode, Unwrapped
-from .forms import DROPOUTS, KNOWN, LAYERS, LINEARS, MLPS, LayerForm, MLPForm, recognise
+from .forms import DROPOUTS, LAYERS, LINEARS, MLPS, LayerForm, MLPForm, recognise
 
 if TYPE_CHECKING:
     import weakref
@@ -55,6 +55,9 @@ class Record:
     def __init__(self, settings: Settings, handle: weakref.ref[Patch] | None = None) -> None:
         self.settings, self.handle = settings, handle
         self.calls: defaultdict[str, int] = defaultdict(int)
+        # The methods that were recognised for these layers. One dictionary for all patches would make every compiled model compile anew
+        # whenever another model is patched.
+        self.known: dict[Any, Any] = {}
 
     def __reduce__(self) -> Any:
         return Record, (self.settings,)  # a copy of the layer is no longer the handle's
@@ -73,7 +76,8 @@ class PatchedLayer:
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        _recognise_mlp(self)
+        for record in self.__dict__.get(ATTRIBUTE, ()):
+            _recognise_parts(self, record.known)
 
 
 def own_class(patched: type) -> type[nn.Module] | None:
@@ -85,10 +89,8 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     """The class to put in the place of ``own``, a class of layers.
 
     Raises:
-        UnknownCode: its forward, or that of torch's own modules, has code that is not known.
+        UnknownCode: its forward has code that is not known.
     """
-    for leaf, forms in ((nn.Linear, LINEARS), (nn.Dropout, DROPOUTS)):
-        recognise(leaf, forms)
     replaced: Any = own.forward
     form, unwrapped = recognise(own, LAYERS)
     for cls in own.__subclasses__():
@@ -106,11 +108,11 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     return metaclass(own.__name__, (PatchedLayer, own), content)
 
 
-def layer_obstacle(layer: Any, patched: Any) -> str | None:
+def layer_obstacle(layer: Any, patched: Any, record: Record) -> str | None:
     """Why the op cannot stand in for the end of this layer's MLP once the layer is of class ``patched``, or None."""
-    reason = _recognise_mlp(layer)
+    reason = _recognise_parts(layer, record.known)
     if reason is None:
-        found = _end_of_mlp(layer, patched._mlpdown_form)
+        found = _end_of_mlp(layer, patched._mlpdown_form, record.known)
         reason = found if isinstance(found, str) else None
     return reason
 
@@ -124,9 +126,12 @@ def _new_layer(own: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _recognise_mlp(layer: Any) -> str | None:
+def _recognise_parts(layer: Any, known: dict[Any, Any]) -> str | None:
     try:
-        recognise(type(layer._modules.get("mlp")), MLPS)
+        parts: Any = ((type(layer._modules.get("mlp")), MLPS), (nn.Linear, LINEARS), (nn.Dropout, DROPOUTS))
+        for cls, forms in parts:
+            form, _ = recognise(cls, forms)
+            known[cls.forward] = form
     except UnknownCode as error:
         return f"mlp: {error}"
     return None
@@ -147,7 +152,9 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
         if records is None or own.forward is not replaced:
             return own.forward(self, hidden_states, *positional, **keywords)
         record, compiling = records[-1], is_compiling()
-        found: Any = _refusal(self, hidden_states, compiling) or _end_of_mlp(self, form, hidden_states, compiling)
+        found: Any = _refusal(self, hidden_states, compiling)
+        if found is None:
+            found = _end_of_mlp(self, form, record.known, hidden_states, compiling)
         if type(found) is tuple and (
             positional
             or (renamed and not renamed.isdisjoint(keywords))
@@ -225,7 +232,11 @@ def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
 
 
 def _end_of_mlp(
-    layer: Any, form: LayerForm, hidden_states: torch.Tensor | None = None, compiling: bool = False
+    layer: Any,
+    form: LayerForm,
+    known: dict[Any, Any],
+    hidden_states: torch.Tensor | None = None,
+    compiling: bool = False,
 ) -> tuple[MLPForm, dict[str, Any], torch.Tensor, torch.Tensor | None] | str:
     """The layer's MLP, as form, modules, weight and bias; or why the op cannot stand in for its end: in the call with ``hidden_states``,
     or, without, at all.
@@ -235,7 +246,7 @@ def _end_of_mlp(
     """
     modules = layer.__dict__["_modules"]
     mlp = modules["mlp"]
-    mlp_form = KNOWN.get(type(mlp).forward)
+    mlp_form = known.get(type(mlp).forward)
     if type(mlp_form) is not MLPForm:
         return "mlp has other code than when the model was patched"
     # Export replaces the call of every module.
@@ -252,7 +263,7 @@ def _end_of_mlp(
     if mlp_form.dropout is not None:
         stepped_over += (("mlp.", mlp_form.dropout, mlp_modules[mlp_form.dropout], nn.Dropout),)
     for prefix, name, module, cls in stepped_over:
-        if cls is not None and (type(module) is not cls or cls.forward not in KNOWN):
+        if cls is not None and (type(module) is not cls or cls.forward not in known):
             return f"{prefix}{name} is a {full_name(type(module))}, not a {full_name(cls)} (quantised, adapted or replaced)"
         attributes = module.__dict__
         if (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -49,11 +50,24 @@ def test_compiled_with_a_length_that_varies_compiles_twice(calls: Any) -> None:
     torch._dynamo.reset()
     model = make_model("llama")
     mlpdown.patch(model, backend="torch")
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for length in range(2, 9):
         compiled(torch.full((1, length), 3), use_cache=False)
     assert counter.frame_count <= 2, "one for the first length, one for every other"
+
+
+def test_compiled_model_stays_when_another_is_patched() -> None:
+    torch._dynamo.reset()
+    model, other = make_model("llama"), make_model("gpt_neox_parallel")
+    mlpdown.patch(model, backend="torch")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    step(compiled)
+    with mlpdown.patch(other, backend="torch"):
+        step(other)
+        step(compiled)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mlpdown
 
@@ -109,6 +111,61 @@ def test_only_a_plain_linear_is_taken_over() -> None:
             TypeError, match=r"linear must be a torch\.nn\.Linear, got .*(Quantised|Identity|Parameter)"
         ):
             mlpdown.MLPDown.from_linear(wrong)  # type: ignore[arg-type]
+
+
+def with_own_forward(linear: nn.Linear) -> None:
+    own = linear.forward
+    linear.forward = lambda input: 2 * own(input)  # type: ignore[method-assign]
+
+
+class Doubled(nn.Parameter):
+    """A parameter that is not plain data."""
+
+
+OBSTACLES: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
+    "forward hook": (lambda linear: linear.register_forward_hook(lambda *_: None), "has forward hooks"),
+    "forward pre-hook": (lambda linear: linear.register_forward_pre_hook(lambda *_: None), "has forward hooks"),
+    "forward of its own": (with_own_forward, "has a forward of its own"),
+    "compiled": (lambda linear: linear.compile(backend="eager"), "has been compiled by itself"),
+    "pruned weight": (
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        "derives its weight from other parameters",
+    ),
+    "pruned bias": (
+        lambda linear: prune.l1_unstructured(linear, "bias", 0.5),
+        "derives its bias from other parameters",
+    ),
+    "weight norm": (nn.utils.weight_norm, "derives its weight from other parameters"),
+    "spectral norm": (nn.utils.spectral_norm, "derives its weight from other parameters"),
+    "other parameter": (
+        lambda linear: setattr(linear, "weight", Doubled(linear.weight.data)),
+        "has a weight that is a .*Doubled, not a torch.nn.Parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_linear_that_computes_more_than_its_parameters_say_is_refused(obstacle: str) -> None:
+    spoil, reason = OBSTACLES[obstacle]
+    linear = make_linear(dtype=torch.float32)
+    spoil(linear)
+    with pytest.raises(ValueError, match=f"linear must compute what its parameters say, but it {reason}"):
+        mlpdown.MLPDown.from_linear(linear)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_linear_is_refused(norm: Callable[[nn.Linear], nn.Module]) -> None:
+    with pytest.raises(TypeError, match="linear must be a torch.nn.Linear, got .*ParametrizedLinear"):
+        mlpdown.MLPDown.from_linear(norm(make_linear(dtype=torch.float32)))  # type: ignore[arg-type]
+
+
+def test_pruning_that_has_been_made_permanent_is_taken_over() -> None:
+    linear = make_linear()
+    prune.random_unstructured(linear, "weight", 0.5)
+    prune.remove(linear, "weight")
+    module = mlpdown.MLPDown.from_linear(linear)
+    assert module.weight is linear.weight and (module.weight == 0).any()
 
 
 def test_errors_are_those_of_run() -> None:
