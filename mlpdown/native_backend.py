@@ -97,7 +97,8 @@ def run(
         refusal = _refusal(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
         if refusal is not None:
             return refusal
-        load()
+        if _run is None:  # torch.compile would trace how it is loaded
+            load()
         packed = packed_plan(_sizes(weight), weight.get_device(), plan, weight_prefetch)
         if out is None:
             return _run(hidden_states, attn_output, mlp_intermediate, weight, bias, packed)
@@ -129,7 +130,8 @@ def partial_sums(
         refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
     if refusal is not None:
         return refusal
-    load()
+    if _row_sums is None:
+        load()
     shape = (*mlp_intermediate.shape[:-1], weight.shape[0])
     if mlp_intermediate.numel() == 0:
         return torch.empty(shape, dtype=torch.float32, device=weight.device)

@@ -49,7 +49,7 @@ SHORT_TOKENS = 256
 NUM_ESTIMATE_STEPS = 8
 # A compiler that takes longer, for both models together, is given up.
 BUILD_LIMIT_SECONDS = 240.0
-NATIVE_OP = "mlpdown::mlp_down"
+NATIVE_OP = "mlpdown::run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
