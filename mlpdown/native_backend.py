@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import validate
@@ -32,6 +33,7 @@ _NO_CUDA = PassedOver("native needs CUDA tensors")
 _SEVERAL_TOKENS = PassedOver("native takes one token a call")
 _NEEDS_GRAD = PassedOver("native has no derivative, and grad mode is on")
 _OVERRIDDEN = PassedOver("an argument is a tensor subclass with a __torch_function__ of its own")
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 @functools.cache
@@ -85,12 +87,10 @@ def run(
     ``optional``: another backend will do, so only a call that suits is tried. Raises for arguments that no backend takes.
     """
     if optional:
-        passed_over = _passed_over(
-            mlp_intermediate, weight, (hidden_states, attn_output, mlp_intermediate, weight, bias)
-        )
+        passed_over = _passed_over(hidden_states, attn_output, mlp_intermediate, weight, bias)
         if passed_over is not None:
             return passed_over
-    elif torch.is_grad_enabled() or validate.forward_ad_is_on():
+    elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
         validate.check_no_grad("native", hidden_states, attn_output, mlp_intermediate, weight, bias, out)
     if _run is None or is_compiling():
         # Nothing is built for a call that cannot be.
@@ -124,7 +124,7 @@ def partial_sums(
     """The result of :func:`mlpdown.partial_sums`, or why this backend does not compute it; ``optional`` as in :func:`run`."""
     validate.check_product(mlp_intermediate, weight)
     if optional:
-        refusal: Exception | None = _passed_over(mlp_intermediate, weight, (mlp_intermediate, weight))
+        refusal: Exception | None = _passed_over(None, None, mlp_intermediate, weight, None)
     else:
         validate.check_no_grad("native", mlp_intermediate, weight)
         refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
@@ -143,19 +143,35 @@ def partial_sums(
 
 
 def _passed_over(
-    mlp_intermediate: torch.Tensor, weight: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]
+    hidden_states: torch.Tensor | None,
+    attn_output: torch.Tensor | None,
+    mlp_intermediate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> Exception | None:
     """Why ``auto`` should not try: no GPU that the kernel runs on, not one token, something to differentiate."""
-    if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor) or weight.dim() != 2:
-        return _NO_CUDA  # of no use to any backend; the next one's checks say so
-    if not weight.is_cuda:
+    # Asked at every call, one by one, since Python takes its time over tuples and loops.
+    if not (
+        type(weight) in _PLAIN
+        and type(mlp_intermediate) in _PLAIN
+        and type(hidden_states) in _PLAIN
+        and type(attn_output) in _PLAIN
+        and type(bias) in _PLAIN
+    ):
+        if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor):
+            return _NO_CUDA  # of no use to any backend; the next one's checks say so
+        if validate.overrides_torch(hidden_states, attn_output, mlp_intermediate, weight, bias):
+            return _OVERRIDDEN
+    if weight is None or not weight.is_cuda or weight.dim() != 2:
         return _NO_CUDA
-    if mlp_intermediate.numel() != weight.shape[1]:
+    if mlp_intermediate is None or mlp_intermediate.numel() != weight.shape[1]:
         return _SEVERAL_TOKENS
-    if validate.needs_grad(*tensors):
+    if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and validate.needs_grad(
+        hidden_states, attn_output, mlp_intermediate, weight, bias
+    ):
         return _NEEDS_GRAD
-    if validate.overrides_torch(*tensors):
-        return _OVERRIDDEN
+    if not is_compiling() and _cached_refusal_of_device(weight.get_device()) is None:
+        return None
     return _refusal_of_device(weight.get_device())
 
 

@@ -47,7 +47,8 @@ def run(
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
         RuntimeError: the named backend cannot run on this machine, or CUDA reported an error.
     """
-    validate.check_plan_type(plan)
+    if plan is not None:
+        validate.check_plan_type(plan)
     if backend == "native" or backend == "auto":
         result = native_backend.run(
             hidden_states, attn_output, mlp_intermediate, weight, bias, out, plan, weight_prefetch, backend == "auto"
@@ -81,7 +82,8 @@ def partial_sums(
     Raises:
         As :func:`run`.
     """
-    validate.check_plan_type(plan)
+    if plan is not None:
+        validate.check_plan_type(plan)
     if backend == "native" or backend == "auto":
         result = native_backend.partial_sums(mlp_intermediate, weight, plan, weight_prefetch, backend == "auto")
         if not isinstance(result, Exception):

@@ -15,9 +15,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = VECTOR_BYTES  # of what the native kernel's bulk copies read
 
 
-def check_plan_type(plan: Plan | None) -> None:
-    """Raise TypeError unless ``plan`` is a plan or None."""
-    if plan is not None and not isinstance(plan, Plan):
+def check_plan_type(plan: object) -> None:
+    """Raise TypeError unless ``plan`` is a plan."""
+    if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a mlpdown.Plan or None, got {type(plan).__name__}")
 
 

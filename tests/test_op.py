@@ -7,6 +7,8 @@ import functools
 import importlib
 import logging
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,34 @@ def test_eager_call_is_one_op_to_the_modes_of_torch(monkeypatch: pytest.MonkeyPa
     assert (result.shape, result.dtype, result.device.type) == ((num_tokens, 96), torch.float16, "cuda")
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.mlpdown.run.default]
+
+
+@pytest.mark.parametrize("backend", ["native", "auto"])
+def test_compiled_call_is_one_op(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Nothing that loads the library or asks the device is traced: fake CUDA tensors show it without a GPU."""
+    monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
+    monkeypatch.setattr(native_backend, "_cached_refusal_of_device", lambda device_index: None)
+    native_backend._packed_plan.cache_clear()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            tensors = [
+                torch.empty(shape, dtype=torch.float16, device="cuda")
+                for shape in ((1, 96), (1, 96), (1, 512), (96, 512), (96,))
+            ]
+            compiled = torch.compile(functools.partial(mlpdown.run, backend=backend), fullgraph=True, backend=keep)
+            assert compiled(*tensors).shape == (1, 96)
+    finally:
+        native_backend._packed_plan.cache_clear()
+        torch._dynamo.reset()
+    (graph,) = graphs
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.mlpdown.run.default]
 
 
 def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:
