@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .reference.order import VECTOR_SIZE
+
 KINDS = ("ordinary", "cancelling", "special", "subnormal")
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -91,7 +93,7 @@ def make_case(
         raise ValueError(f"dtype must be one of {sorted(TORCH_DTYPES)}, got {dtype!r}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
-    if hidden_dim < 1 or intermediate_dim < 8 or intermediate_dim % 8:
+    if hidden_dim < 1 or intermediate_dim < VECTOR_SIZE or intermediate_dim % VECTOR_SIZE:
         raise ValueError(
             f"hidden_dim must be >= 1 and intermediate_dim a positive multiple of 8, got {hidden_dim}, {intermediate_dim}"
         )

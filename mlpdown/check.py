@@ -34,6 +34,7 @@ from .cases import KINDS, TORCH_DTYPES, Case, make_case
 from .checkpoint import CheckpointError, read_layer
 from .golden import read_golden, shipped_goldens
 from .numba_refusal import numba_refusal
+from .reference.order import VECTOR_SIZE
 
 PROMISE_BITS = ("native", "numba")
 PYTHIA_SHAPE = (2560, 10240)
@@ -265,7 +266,7 @@ def _trial_of_model(arguments: argparse.Namespace) -> Trial:
     if arguments.dtype is None and weight.dtype not in stored:
         raise ValueError(f"{arguments.model} holds {weight.dtype}: say with --dtype what to round it to")
     name = arguments.dtype or stored[weight.dtype]
-    if weight.shape[1] % 8:
+    if weight.shape[1] % VECTOR_SIZE:
         raise ValueError(f"intermediate_dim must be a multiple of 8, {arguments.model} has {list(weight.shape)}")
     _check_memory(*weight.shape)
     ordinary = make_case(weight.shape[0], weight.shape[1], name, "ordinary", arguments.seed or 0)

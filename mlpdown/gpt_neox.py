@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .bench.baselines import Layer, torch_layer
+from .torch_backend import Layer
+from .torch_backend import compute as torch_layer
 
 INITIALISER_STD = 0.02
 # hidden_dim, layers, heads, vocabulary of the Pythia suite (S. Biderman et al., "Pythia", 2023, table 1), and of a tiny one.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from . import validate
+
+Layer = Callable[..., torch.Tensor]
+"""``(hidden_states, attn_output, mlp_intermediate, weight, bias) -> out``."""
 
 
 def run(
@@ -29,8 +34,10 @@ def compute(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The op in plain PyTorch, of any dtypes that PyTorch takes."""
-    result = F.linear(mlp_intermediate, weight, bias).reshape(hidden_states.shape)
+    """The op in plain PyTorch, as a model calls it: nothing is checked, and any dtypes that PyTorch takes will do."""
+    result = F.linear(mlp_intermediate, weight, bias)
+    if result.shape != hidden_states.shape:
+        result = result.reshape(hidden_states.shape)
     if attn_output is not None:
         result = result + attn_output
     return result + hidden_states

@@ -6,18 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..timing import TimeLimitExpired, time_limit
-
-Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(hidden_states, attn_output, mlp_intermediate, weight, bias) -> out``."""
-
-
-def torch_layer(hidden: Tensor, attn_output: Tensor, activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The three calls that a model makes: backend ``torch`` without its checks, which a model does not make."""
-    return F.linear(activation, weight, bias) + attn_output + hidden
+from ..torch_backend import Layer
+from ..torch_backend import compute as torch_layer
 
 
 def multiply_and_sum(hidden: Tensor, attn_output: Tensor, activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from ..plan import BYTES_PER_ELEMENT
+from ..reference.order import VECTOR_SIZE
 
 
 class Shape(NamedTuple):
@@ -46,6 +47,6 @@ def parse_shapes(text: str) -> list[Shape]:
         if word not in known and re.fullmatch(r"\d+x\d+", word) is None:
             raise ValueError(f"shape must be all, short, HIDDENxINTERMEDIATE or one of {', '.join(known)}, got {word!r}")
         shapes.append(known.get(word) or _read(word))
-        if shapes[-1].hidden_dim < 1 or shapes[-1].intermediate_dim < 8 or shapes[-1].intermediate_dim % 8:
+        if shapes[-1].hidden_dim < 1 or shapes[-1].intermediate_dim < VECTOR_SIZE or shapes[-1].intermediate_dim % VECTOR_SIZE:
             raise ValueError(f"intermediate_dim of a shape must be a positive multiple of 8, got {word!r}")
     return shapes
