@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from mlpdown.plan import Plan
 
-    from .handle import Patch
-
 ATTRIBUTE = "_mlpdown"
 """Of a layer that is patched: the records of the patches that hold it, the newest last. The only attribute that a patch adds."""
 
@@ -52,7 +50,7 @@ class Settings:
 class Record:
     """What a layer keeps of one ``patch``: its settings, and a count of what became of the calls. All layers of that patch share it."""
 
-    def __init__(self, settings: Settings, handle: weakref.ref[Patch] | None = None) -> None:
+    def __init__(self, settings: Settings, handle: weakref.ref[Any] | None = None) -> None:
         self.settings, self.handle = settings, handle
         self.calls: defaultdict[str, int] = defaultdict(int)
         # The methods that were recognised for these layers. One dictionary for all patches would make every compiled model compile anew
