@@ -50,7 +50,10 @@ def other_than_native(backend: str) -> ModuleType:
 
 
 def fall_back(reason: Exception) -> str:
-    """The backend that ``auto`` takes after ``native``. Logs why: a call that never suits as information, a refusal as a warning."""
+    """The backend that ``auto`` takes after ``native``. Logs why: a call that never suits as information, a refusal as a warning;
+    nothing for one that no backend takes, whose error follows."""
+    if reason is native_backend.OF_NO_USE:
+        return "torch"
     level = logging.INFO if isinstance(reason, native_backend.PassedOver) else logging.WARNING
     say_once(f"mlpdown takes backend 'torch': {reason}", level=level)
     return "torch"

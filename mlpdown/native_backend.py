@@ -29,11 +29,13 @@ class PassedOver(Exception):
     """Why ``auto`` does not ask the native kernel. A value, never raised."""
 
 
+OF_NO_USE = PassedOver("no backend takes these arguments")
+"""The next backend's checks say what is wrong."""
 _NO_CUDA = PassedOver("native needs CUDA tensors")
 _SEVERAL_TOKENS = PassedOver("native takes one token a call")
 _NEEDS_GRAD = PassedOver("native has no derivative, and grad mode is on")
 _OVERRIDDEN = PassedOver("an argument is a tensor subclass with a __torch_function__ of its own")
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = frozenset((*validate.PLAIN_CLASSES, type(None)))
 
 
 @functools.cache
@@ -92,7 +94,7 @@ def run(
             return passed_over
     elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
         validate.check_no_grad("native", hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-    if _run is None or is_compiling():
+    if is_compiling() or _run is None:  # in this order, or torch.compile would take for granted that nothing is loaded
         # Nothing is built for a call that cannot be.
         refusal = _refusal(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
         if refusal is not None:
@@ -123,11 +125,12 @@ def partial_sums(
 ) -> torch.Tensor | Exception:
     """The result of :func:`mlpdown.partial_sums`, or why this backend does not compute it; ``optional`` as in :func:`run`."""
     validate.check_product(mlp_intermediate, weight)
-    if optional:
-        refusal: Exception | None = _passed_over(None, None, mlp_intermediate, weight, None)
-    else:
+    passed_over = _passed_over(None, None, mlp_intermediate, weight, None) if optional else None
+    if passed_over is not None:
+        return passed_over
+    if not optional:
         validate.check_no_grad("native", mlp_intermediate, weight)
-        refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
+    refusal = validate.native_product_refusal(mlp_intermediate, weight) or _refusal_of_device(weight.get_device())
     if refusal is not None:
         return refusal
     if _row_sums is None:
@@ -159,12 +162,14 @@ def _passed_over(
         and type(bias) in _PLAIN
     ):
         if not isinstance(weight, torch.Tensor) or not isinstance(mlp_intermediate, torch.Tensor):
-            return _NO_CUDA  # of no use to any backend; the next one's checks say so
+            return OF_NO_USE
         if validate.overrides_torch(hidden_states, attn_output, mlp_intermediate, weight, bias):
             return _OVERRIDDEN
-    if weight is None or not weight.is_cuda or weight.dim() != 2:
+    if weight is None or mlp_intermediate is None or weight.dim() != 2:
+        return OF_NO_USE
+    if not weight.is_cuda:
         return _NO_CUDA
-    if mlp_intermediate is None or mlp_intermediate.numel() != weight.shape[1]:
+    if mlp_intermediate.numel() != weight.shape[1]:
         return _SEVERAL_TOKENS
     if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and validate.needs_grad(
         hidden_states, attn_output, mlp_intermediate, weight, bias

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .ops import partial_sums
 from .reference.order import CANONICAL_NAN
+from .validate import needs_grad
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -58,6 +59,10 @@ def run_row_parallel(
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}"
+        )
+    if needs_grad(hidden_states, attn_output, mlp_intermediate_shard, weight_shard, bias):
+        raise ValueError(
+            "run_row_parallel has no derivative, and an argument needs one: call under torch.no_grad() or torch.inference_mode()"
         )
     hidden_dim = weight_shard.shape[0]
     for name, tensor, shape in (

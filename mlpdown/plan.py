@@ -183,6 +183,8 @@ def check_plan(plan: Plan, intermediate_dim: int, device: Device) -> None:
                 f"rows_in_registers, got {plan.num_consumer_warps}"
             )
         return
+    if plan.vectors_in_flight:
+        raise ValueError(f"plan.vectors_in_flight must be 0 without rows_in_registers, got {plan.vectors_in_flight}")
     if device.compute_capability < RING_COMPUTE_CAPABILITY:
         raise ValueError(
             f"plan.rows_in_registers must be one of {list(ROWS_IN_REGISTERS)} on {device.name}: the ring needs compute capability 9.0 or "

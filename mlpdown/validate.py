@@ -130,7 +130,7 @@ def _has_tangent(tensor: torch.Tensor | None) -> bool:
 def overrides_torch(*tensors: torch.Tensor | None) -> bool:
     """Whether one of them is of a class that gives torch's functions a meaning of its own: its data alone may not be its value."""
     for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN_CLASSES:
+        if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN_CLASSES:
             function: Any = type(tensor).__torch_function__
             if function is torch._C._disabled_torch_function_impl:
                 continue
@@ -139,7 +139,7 @@ def overrides_torch(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 _PLAIN_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
