@@ -32,6 +32,7 @@ LIGHT_DEPENDENCIES = (
     "setuptools",
     "numpy>=2.0,<2.5",
     "numba-cuda>=0.30.4,<0.31",
+    "ninja",
     "rich",
 )
 

@@ -110,13 +110,13 @@ def _compilers() -> Findings:
 
     findings: Findings = {
         kind: [{**dataclasses.asdict(compiler), "path": str(compiler.path)} for compiler in found]
-        for kind, found in (("nvcc", toolchain.nvcc_compilers()), ("host", toolchain.host_compilers()))
+        for kind, found in (("nvcc", toolchain.nvcc_compilers()), ("host", toolchain.host_compilers()), ("ninja", toolchain.ninjas()))
     }
     try:
-        tools = toolchain.find_toolchain()
+        tools, ninja = toolchain.find_toolchain(), toolchain.find_ninja()
     except BuildError as error:
         return {**findings, "taken": None, "refusal": str(error)}
-    return {**findings, "taken": f"{tools.nvcc} with {tools.host_compiler}"}
+    return {**findings, "taken": f"{tools.nvcc} with {tools.host_compiler}, run by {ninja}"}
 
 
 def _cache() -> Findings:

@@ -1,4 +1,4 @@
-"""Runs compilers in a folder of their own, and finds the first error in what they say.
+"""Runs ninja, and through it the compilers, in a folder of their own, and finds the first error in what they say.
 
 Sources are copied into the folder, torch is linked there, and both are named relative to it: so the library holds no path of this
 machine, and no compiler sees the blanks, commas and letters that a user's folders may have.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ from . import targets as target_names
 from .cache import LIBRARY_NAME
 from .errors import BuildError
 from .sources import Sources
-from .toolchain import Toolchain, environment
+from .toolchain import NINJA_STATUS, Toolchain, environment
 
 # The oldest torch whose stable ABI the op uses: 2.10.
 TORCH_TARGET = "0x020a000000000000"
@@ -55,11 +56,15 @@ LINK_FLAGS = (
     f"-Xlinker=-s,-soname={LIBRARY_NAME},--exclude-libs=ALL,--build-id=none,-z,defs,--as-needed",
     "-ltorch_cpu",
 )
+_RULES = {".cu": "cuda", ".cpp": "host"}
 LIMIT_SECONDS = 1200.0
+_GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 _ERROR = re.compile(
     r"(?:fatal )?error\s*(?::|#|\d)|\berror:|undefined reference|cannot find -l|No space left on device|: not found$"
 )
+# What ninja says at a failure: the target, and the command; what the compiler said comes next.
+_FAILED = re.compile(r"^FAILED: .*\n.*\n", re.MULTILINE)
 
 
 class CompileError(BuildError):
@@ -77,9 +82,9 @@ def flags_identity() -> str:
 
 
 def compile_library(
-    sources: Sources, toolchain: Toolchain, targets: Sequence[str], folder: Path
+    sources: Sources, toolchain: Toolchain, ninja: Path, targets: Sequence[str], folder: Path
 ) -> tuple[Path, str]:
-    """Build in ``folder``: every ``.cu`` with nvcc, every ``.cpp`` with the host compiler, side by side; then link.
+    """Build in ``folder``, by ninja: every ``.cu`` with nvcc, every ``.cpp`` with the host compiler, side by side; then link.
 
     Returns:
         The library and the compilers' output.
@@ -90,65 +95,96 @@ def compile_library(
     """
     sources.write(folder)
     (folder / TORCH_LINK).symlink_to(_torch_folder(), target_is_directory=True)
+    (folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(toolchain, targets, folder)))
+    log = run([str(ninja)], folder, f"the native library does not compile ({toolchain.nvcc}, {toolchain.nvcc_build})")
+    return folder / LIBRARY_NAME, log
+
+
+def _ninja_file(toolchain: Toolchain, targets: Sequence[str], folder: Path) -> str:
+    """A rule for each compiler, a step for each source in ``folder``, and the link."""
     nvcc = [str(toolchain.nvcc), f"-ccbin={toolchain.host_compiler}"]
-    compilers = {
-        ".cu": [*nvcc, *CUDA_FLAGS, *target_names.nvcc_flags(targets)],
-        ".cpp": [str(toolchain.host_compiler), *HOST_FLAGS],
+    rules = {
+        "cuda": ([*nvcc, *CUDA_FLAGS, *target_names.nvcc_flags(targets)], "-c $in -o $out"),
+        "host": ([str(toolchain.host_compiler), *HOST_FLAGS], "-c $in -o $out"),
+        "link": ([*nvcc, *(f"-L{path}" for path in toolchain.library_folders), *LINK_FLAGS], "-o $out $in"),
     }
-    units = sorted(path.name for path in folder.iterdir() if path.suffix in compilers)
-    objects = [f"{name}.o" for name in units]
-    commands = [[*compilers[Path(name).suffix], "-c", name, "-o", f"{name}.o"] for name in units]
-    link = [*nvcc, *(f"-L{path}" for path in toolchain.library_folders), *LINK_FLAGS, "-o", LIBRARY_NAME, *objects]
-    what = f"the native library does not compile ({toolchain.nvcc}, {toolchain.nvcc_build})"
-    log = run(commands, folder, what)
-    return folder / LIBRARY_NAME, log + run([link], folder, what)
+    units = sorted(path.name for path in folder.iterdir() if path.suffix in _RULES)
+    lines = [
+        # Quoted for the shell, then for ninja, which has one special character.
+        *(f"rule {name}\n  command = {shlex.join(words).replace('$', '$$')} {files}" for name, (words, files) in rules.items()),
+        *(f"build {name}.o: {_RULES[Path(name).suffix]} {name}" for name in units),
+        f"build {LIBRARY_NAME}: link {' '.join(f'{name}.o' for name in units)}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def run(commands: Sequence[Sequence[str]], folder: Path, what: str) -> str:
-    """Run compilers side by side in ``folder``; returns all that they said. When one fails, or the caller is interrupted, all are ended.
+def run(command: Sequence[str], folder: Path, what: str) -> str:
+    """Run ninja or a compiler in ``folder``; returns all that was said. At the first failure, or when the caller is interrupted, all that
+    it has started is ended.
 
     Raises:
-        CompileError: one failed, or they took longer than ``LIMIT_SECONDS``; its message is ``what: the first error``.
+        CompileError: it failed, or took longer than ``LIMIT_SECONDS``; its message is ``what: the first error``.
     """
     deadline = time.monotonic() + LIMIT_SECONDS
-    outputs = [folder / f"{number}.output" for number in range(len(commands))]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for command, path in zip(commands, outputs, strict=True):
-            with path.open("wb") as output:
-                # In a session of its own: ending it ends what it has started.
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=folder,
-                        env=environment(),
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
-        statuses = {process.poll() for process in processes}
-        while None in statuses and statuses <= {None, 0} and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-            statuses = {process.poll() for process in processes}
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    log = "".join(path.read_text(errors="replace") for path in outputs)
-    if statuses <= {0}:
+    path = folder / "output"
+    with path.open("wb") as output:
+        # In a session of its own, by which all that it starts can be found.
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            # Of itself ninja would wait for the other compilers when one has failed.
+            while process.poll() is None and time.monotonic() < deadline and not _FAILED.search(path.read_text(errors="replace")):
+                time.sleep(_POLL_SECONDS)
+            late = process.returncode is None and time.monotonic() >= deadline
+        finally:
+            if process.returncode != 0:
+                _end(process)
+    log = path.read_text(errors="replace")
+    if process.returncode == 0:
         return log
-    raise CompileError(f"{what}: {f'no end in {LIMIT_SECONDS:.0f} s' if statuses <= {None, 0} else first_error(log)}", log)
+    raise CompileError(f"{what}: {f'no end in {LIMIT_SECONDS:.0f} s' if late else first_error(log)}", log)
 
 
 def first_error(log: str) -> str:
-    """The line of the compilers' output that says what went wrong first."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    """The line of the compilers' output that says what went wrong first; where none has failed, ninja's own."""
+    *failed, said = _FAILED.split(log, maxsplit=1)
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not (failed and line.startswith(NINJA_STATUS))]
     errors = (line for line in lines if _ERROR.search(line) and not line.startswith("collect2:"))
     return next(errors, lines[-1] if lines else "the compiler said nothing")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with its whole session. ninja gives each compiler a process group of its own, and ends it when it is asked to end;
+    what does not end so is killed."""
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(_GRACE_SECONDS)
+    finally:  # at a second Ctrl-C, too
+        while members := _session(process.pid):
+            for member in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+        process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended just now
+            state, _, _, session = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(session) == leader and state not in "ZX":
+                members.append(int(path.parent.name))
+    return members
 
 
 def _torch_folder() -> Path:

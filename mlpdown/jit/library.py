@@ -87,6 +87,7 @@ def find() -> tuple[LibraryInfo | None, list[str]]:
         refusals.append(f"the prebuilt library is not used: {refusal}")
     compiler = None  # with nothing to build with, a library made elsewhere, of the same source, is as good
     with contextlib.suppress(BuildError):
+        toolchain.find_ninja()
         compiler = toolchain.find_toolchain().identity
     for entry in cache.entries(cache.cache_folder()):
         manifest = entry.manifest
@@ -115,7 +116,7 @@ def build(
         for_this_machine: pass over a compiler whose libraries the installed driver cannot run.
 
     Raises:
-        BuildError: no compiler, a compile error, a kernel that spills, a cache folder that cannot be used.
+        BuildError: no compiler, no ninja, a compile error, a kernel that spills, a cache folder that cannot be used.
     """
     sources = package_sources()
     tools = toolchain.find_toolchain(for_this_machine=for_this_machine)
@@ -127,12 +128,13 @@ def build(
         existing = next((entry for entry in cache.entries(folder) if entry.path.parent.name == key), None)
         if existing is not None and not force and _refusal(existing, sources, []) is None:
             return existing
+        ninja = toolchain.find_ninja()
         cache.say(
             f"building the native library for {', '.join(built_targets)} with {tools.nvcc} ({tools.nvcc_build}, from {tools.origin})"
         )
         started = time.monotonic()
         try:
-            library, log = compile.compile_library(sources, tools, built_targets, building)
+            library, log = compile.compile_library(sources, tools, ninja, built_targets, building)
         except compile.CompileError as error:
             path = folder / FAILURE_LOG
             path.write_text(error.log)

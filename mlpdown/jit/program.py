@@ -70,6 +70,6 @@ def compile_once(name: str, suffix: str, files: Mapping[str, bytes], command: Se
         if not result.is_file():
             for file_name, content in files.items():
                 (building / file_name).write_bytes(content)
-            compile.run([command], building, f"{name} does not compile ({command[0]})")
+            compile.run(command, building, f"{name} does not compile ({command[0]})")
             os.replace(building / RESULT, result)
     return result

@@ -1,4 +1,5 @@
-"""Which compilers there are (nvcc, wherever it may be, and the host compiler that it needs), and which CUDA the driver can run."""
+"""Which compilers there are (nvcc, wherever it may be, the host compiler that it needs, and ninja, which runs them), and which CUDA the
+driver can run."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ HOST_COMPILERS = ("g++", "c++", "clang++")
 HOST_VARIABLES = ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX")
 # nvcc and clang take flags from these. They can change bits (-use_fast_math), and no key would name them.
 IGNORED_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CCC_OVERRIDE_OPTIONS")
+NINJA_STATUS = "ninja: "  # begins each line of ninja's own, of progress too
 INSTALL_NVCC = "pip install 'mlpdown[nvcc]'"
 # The oldest driver for each major version of CUDA: a library made by that CUDA needs it.
 MINIMUM_DRIVER = {12: "525", 13: "580"}
@@ -36,10 +38,10 @@ class Compiler:
     """A compiler that was found, and whether it can be used."""
 
     origin: str
-    """For nvcc ``MLPDOWN_NVCC``, ``CUDA_HOME``, ``PATH``, ``/usr/local/cuda`` or ``PyPI``; for others a variable or ``PATH``."""
+    """For nvcc ``MLPDOWN_NVCC``, ``CUDA_HOME``, ``PATH``, ``/usr/local/cuda`` or ``PyPI``; for others a variable, ``PyPI`` or ``PATH``."""
     path: Path
     version: str = ""
-    """nvcc's release, e.g. ``13.0.88``; of a host compiler the first line of what it says."""
+    """nvcc's release, e.g. ``13.0.88``; of others the first line of what they say."""
     refusal: str | None = None
     """Why it cannot be used; None if it can."""
 
@@ -117,7 +119,7 @@ def nvcc_compilers(*, for_this_machine: bool = True) -> Iterator[Compiler]:
         path = real if real.name == place.name else place.absolute()
         if path not in seen:
             seen.add(path)
-            yield _examine(origin, path, for_this_machine)
+            yield _examine_nvcc(origin, path, for_this_machine)
 
 
 def host_compilers() -> Iterator[Compiler]:
@@ -126,15 +128,39 @@ def host_compilers() -> Iterator[Compiler]:
     for origin, path in _host_places():
         if path not in seen:
             seen.add(path)
-            said, refusal = _ask([str(path), "--version"])
-            yield Compiler(origin, path, said.splitlines()[0] if said else path.name, refusal)
+            yield _examine(origin, path)
+
+
+def find_ninja() -> Path:
+    """The first usable ninja: its wheel's, then the one on PATH.
+
+    Raises:
+        BuildError: there is none; the message says how to install it.
+    """
+    found = list(ninjas())
+    usable = [ninja.path for ninja in found if ninja.refusal is None]
+    if not usable:
+        raise BuildError("\n".join(["no ninja, which runs the compilers: pip install ninja", *(f"  {ninja}" for ninja in found)]))
+    return usable[0]
+
+
+def ninjas() -> Iterator[Compiler]:
+    """Every ninja of this environment, in the order in which they are tried."""
+    folder = None
+    with contextlib.suppress(ImportError):
+        folder = getattr(importlib.import_module("ninja"), "BIN_DIR", None)
+    if folder:
+        yield _examine("PyPI", Path(folder, "ninja"))
+    on_path = shutil.which("ninja")
+    if on_path and Path(on_path).absolute() != Path(folder or "", "ninja"):
+        yield _examine("PATH", Path(on_path).absolute())
 
 
 def environment() -> dict[str, str]:
-    """What a compiler finds in its environment: nothing that changes what it makes; the C locale, so that its errors can be recognised;
-    its own folder for what it leaves when it is killed."""
+    """What ninja and a compiler find in their environment: nothing that changes what they make; the C locale and no colours, so that their
+    errors can be recognised; their own folder for what they leave when they are killed."""
     kept = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
-    return {**kept, "LC_ALL": "C", "TMPDIR": "."}
+    return {**kept, "LC_ALL": "C", "CLICOLOR_FORCE": "0", "NINJA_STATUS": NINJA_STATUS, "TMPDIR": "."}
 
 
 @functools.cache
@@ -196,7 +222,12 @@ def _host_places() -> Iterator[tuple[str, Path]]:
             yield "PATH", Path(found)
 
 
-def _examine(origin: str, path: Path, for_this_machine: bool) -> Compiler:
+def _examine(origin: str, path: Path) -> Compiler:
+    said, refusal = _ask([str(path), "--version"])
+    return Compiler(origin, path, said.splitlines()[0] if said else path.name, refusal)
+
+
+def _examine_nvcc(origin: str, path: Path, for_this_machine: bool) -> Compiler:
     said, refusal = _ask([str(path), "--version"])
     if refusal is not None:
         return Compiler(origin, path, refusal=refusal)

@@ -156,6 +156,18 @@ def test_specification_that_cannot_run_is_a_problem(
     assert "nothing gives the exact bits" in findings["headline"]
 
 
+def test_ninja_is_named_or_missed(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = doctor.examine()["compilers"]
+    assert re.fullmatch(r"1\.\d+\.\d+\S*", found["ninja"][0]["version"])
+    assert found["taken"] == f"{fake_compilers.nvcc} with {fake_compilers.folder / 'g++'}, run by {found['ninja'][0]['path']}"
+    monkeypatch.setattr(toolchain, "ninjas", lambda: iter(()))
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    assert "  ninja: none\n" in said and "  refusal: no ninja, which runs the compilers: pip install ninja\n" in said
+
+
 def test_flags_of_the_environment_are_named_and_not_used(
     fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,6 +229,27 @@ def test_first_compiler_error_is_shown_and_no_traceback(
     assert "a second one" in log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "the compiler said nothing"),
+        ("echo '[1/3] no rhyme'; echo; echo 'and no reason'; exit 1", "and no reason"),
+        ("kill -9 $$", "(Killed|the compiler said nothing)"),  # shells differ
+    ],
+)
+def test_what_ninja_says_is_not_taken_for_a_compilers(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, said: str
+) -> None:
+    for variable, value in (("CLICOLOR_FORCE", "1"), ("NINJA_STATUS", "error: ")):
+        monkeypatch.setenv(variable, value)
+    shutil.copytree(fake_compilers.folder, tmp_path / "error: a $folder 'of' errors")
+    monkeypatch.setenv("MLPDOWN_NVCC", str(tmp_path / "error: a $folder 'of' errors" / "nvcc"))
+    assert library.build(ONE_TARGET).origin == "built"
+    (tmp_path / "error: a $folder 'of' errors" / "on-compile.sh").write_text(script)
+    with pytest.raises(BuildError, match=rf"does not compile \(.*\): {said}\nThe whole output: .*$"):
+        library.build(ONE_TARGET, force=True)
+
+
 def test_spill_fails_the_build(fake_compilers: FakeCompilers) -> None:
     fake_compilers.set_report(stack_bytes=16, names=ONE_TARGET)
     with pytest.raises(

@@ -59,7 +59,7 @@ def test_installs_beside_the_servers(server: str) -> None:
     listed = re.search(r"^dependencies = \[\n(.*?)^\]$", text, re.MULTILINE | re.DOTALL)
     assert listed is not None
     requirements = {r.name: r.specifier for r in map(Requirement, re.findall(r'^ +"([^"]+)"', listed[1], re.MULTILINE))}
-    assert set(requirements) == {"torch", "numpy", "numba", "numba-cuda", "rich"}
+    assert set(requirements) == {"torch", "numpy", "numba", "numba-cuda", "ninja", "rich"}
     for package, version in SERVERS[server].items():
         assert requirements[package].contains(version), (package, version)
 

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from mlpdown import backends, cli, native_backend, plan
-from mlpdown.jit import BuildError, cache, library, program, sources, toolchain
+from mlpdown.jit import BuildError, cache, compile, library, program, sources, toolchain
 
-from .conftest import ONE_TARGET, FakeCompilers, start_python
+from .conftest import BUILD_IN_A_PROCESS, ONE_TARGET, FakeCompilers, start_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +149,65 @@ def test_host_compiler_that_nvcc_refuses_is_passed_over(fake_compilers: FakeComp
     )
     assert toolchain.find_toolchain().host_compiler == fake_compilers.folder / "c++"
     (fake_compilers.folder / "c++").unlink()
+
+
+# ninja
+
+
+def _write_ninja(folder: Path, script: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "ninja"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_ninja_of_its_wheel_builds_then_the_one_on_path(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = toolchain.find_ninja()
+    wheels = _write_ninja(tmp_path / "wheel", f'echo "$@" >> {tmp_path}/called; exec {real} "$@"')
+    on_path = _write_ninja(fake_compilers.folder, f'exec {real} "$@"')
+    monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace(BIN_DIR=str(wheels.parent)))
+    library.build(ONE_TARGET)
+    assert (tmp_path / "called").read_text() == "--version\n\n"  # asked once, run once
+    wheels.write_text("#!/no/such/interpreter\n")
+    assert [(ninja.origin, ninja.path) for ninja in toolchain.ninjas()] == [("PyPI", wheels), ("PATH", on_path)]
+    assert toolchain.find_ninja() == on_path
+    for module in (types.SimpleNamespace(BIN_DIR=""), types.SimpleNamespace(), None):  # not found, of that name, not installed
+        monkeypatch.setitem(sys.modules, "ninja", module)
+        assert [ninja.path for ninja in toolchain.ninjas()] == [on_path]
+
+
+def test_without_ninja_nothing_is_built_and_it_says_so(
+    fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = library.build(ONE_TARGET)
+    monkeypatch.setattr(toolchain, "ninjas", lambda: iter(()))
+    assert library.build(ONE_TARGET).path == built.path
+    fake_compilers.set_version("13.1.12")  # nothing builds here, so what another compiler made is as good
+    assert library.find_or_build().path == built.path
+    built.path.unlink()
+    with pytest.raises(BuildError, match=r"^no ninja, which runs the compilers: pip install ninja\n.*passed over:\n.*cannot be read"):
+        library.find_or_build()
+    assert cli.main(["build", "--arch", "sm_90"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("no ninja, which runs the compilers: pip install ninja")
+    assert fake_compilers.num_compilations == 1
+
+
+def test_ninja_that_does_not_run_is_named(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    path = _write_ninja(fake_compilers.folder, "echo GLIBC_2.99 not found; exit 1")
+    with pytest.raises(BuildError) as raised:
+        library.find_or_build()
+    said = f"  {path} (PATH): --version ended with status 1: GLIBC_2.99 not found"
+    assert str(raised.value).splitlines() == ["no ninja, which runs the compilers: pip install ninja", said]
+
+
+def test_ninjas_own_error_is_shown(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "_RULES", {".cu": "no-such-rule"})
+    with pytest.raises(BuildError, match=r"does not compile .*: ninja: error: build\.ninja:\d+: unknown build rule 'no-such-rule'"):
+        library.build(ONE_TARGET)
 
 
 # Folders
@@ -286,9 +346,12 @@ def _has_ended(pid: str) -> bool:
         return True
 
 
-def test_interrupted_build_ends_at_once_with_all_it_started(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_interrupted_build_ends_at_once_with_all_it_started(fake_compilers: FakeCompilers, tmp_path: Path, stubborn: bool) -> None:
+    """Compilers that ignore the signal to end, too."""
     started_compilers = tmp_path / "pids"
-    fake_compilers.on_compile(f"sleep 30 & echo $$ $! > {started_compilers}.new; mv {started_compilers}.new {started_compilers}; wait")
+    tell = f"sleep 30 & echo $$ $! > {started_compilers}.new; mv {started_compilers}.new {started_compilers}; wait"
+    fake_compilers.on_compile(f"trap '' INT TERM; {tell}" if stubborn else tell)
     process = subprocess.Popen(
         [sys.executable, "-m", "mlpdown", "build"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -306,19 +369,44 @@ def test_interrupted_build_ends_at_once_with_all_it_started(fake_compilers: Fake
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
-def test_first_compiler_that_fails_ends_the_others(fake_compilers: FakeCompilers) -> None:
-    fake_compilers.on_compile("sleep 30")
-    host = fake_compilers.folder / "g++"
-    host.write_text(host.read_text().replace('cp "$input" "$output"', 'echo "$input:1:1: error: no"; exit 1'))
+@pytest.mark.parametrize(("grace", "num_interrupts"), [(0.5, 1), (60.0, 2)])
+def test_ninja_that_does_not_end_is_killed(fake_compilers: FakeCompilers, tmp_path: Path, grace: float, num_interrupts: int) -> None:
+    """After a while, or when Ctrl-C is pressed again."""
+    pids = tmp_path / "pids"
+    ninja = _write_ninja(
+        tmp_path / "wheel", f'trap "" INT TERM; [ "$1" ] && exit 0; sleep 30 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait'
+    )
+    process = start_python(
+        f"import sys, types; sys.modules['ninja'] = types.SimpleNamespace(BIN_DIR={str(ninja.parent)!r})\n"
+        f"from mlpdown.jit import compile; compile._GRACE_SECONDS = {grace}\n{BUILD_IN_A_PROCESS}"
+    )
+    while not pids.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
     started = time.monotonic()
-    with pytest.raises(BuildError, match="does not compile .*op.cpp:1:1: error: no"):
+    for _ in range(num_interrupts):
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    process.communicate(timeout=20)
+    assert time.monotonic() - started < 10
+    assert process.returncode == -signal.SIGINT
+    assert len(pids.read_text().split()) == 2 and all(map(_has_ended, pids.read_text().split()))
+
+
+def test_first_compiler_that_fails_ends_the_others(fake_compilers: FakeCompilers, tmp_path: Path) -> None:
+    fake_compilers.on_compile(f"echo $$ > {tmp_path}/pid; exec sleep 30")
+    host = fake_compilers.folder / "g++"
+    wait = f"until [ -s {tmp_path}/pid ]; do sleep 0.02; done"
+    host.write_text(host.read_text().replace('cp "$input" "$output"', f'{wait}; echo "$input:1:1: error: no"; exit 1'))
+    started = time.monotonic()
+    with pytest.raises(BuildError, match=r"does not compile .*(op|source_hash)\.cpp:1:1: error: no"):
         library.build(ONE_TARGET)
     assert time.monotonic() - started < 10
+    assert _has_ended((tmp_path / "pid").read_text().strip())
 
 
 def test_compilers_that_never_end_are_ended(fake_compilers: FakeCompilers, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpdown.jit import compile
-
     monkeypatch.setattr(compile, "LIMIT_SECONDS", 0.5)
     fake_compilers.on_compile("sleep 30")
     with pytest.raises(BuildError, match="does not compile .*no end in 0 s"):
