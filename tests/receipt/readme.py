@@ -110,7 +110,7 @@ def headline(newest: dict[str, Content]) -> list[str]:
         result = newest["op"]["results"][0]
         chained, isolated, torch, compiled = (median_of(result, name) for name in (*SIX_COLUMNS, "compiled"))
         lines += [
-            f"- **Fast.** {result['hidden_dim']}x{result['intermediate_dim']} in {result['dtype']} takes {_us(chained)} us back to back, "
+            f"- **Fast.** A weight of {_size(result)} in {result['dtype']} takes {_us(chained)} us back to back, "
             f"{_us(isolated)} us alone. PyTorch takes {_us(torch)},",
             f"  the best torch.compile {_us(compiled)}. The memory floor is {_us(result['floor_us'])}. ({_where(newest['op'])})",
         ]
@@ -122,11 +122,10 @@ def headline(newest: dict[str, Content]) -> list[str]:
         call = "mlpdown.patch(model, weight_prefetch=True)" if content["settings"]["weight_prefetch"] else "mlpdown.patch(model)"
         if {"compile", "compile-pdl"} <= rows.keys():
             stock, patched = (min(rows[mode][side]["median"] for mode in ("compile", "compile-pdl")) for side in ("stock_ms", "patched_ms"))
-            ratios.append(f"{stock / patched:.2f} times if both may set `TORCHINDUCTOR_ENABLE_PDL=1`")
+            ratios.append(f"{stock / patched:.2f} times if both may use PDL")
         lines += [
             f"- **Easy.** `{call}`. Without it, a decode step of {content['model']} takes",
-            f"  {', '.join(ratios)}.",
-            f"  ({_where(content)})",
+            f"  {', '.join(ratios)}. ({_where(content)})",
         ]
     return lines
 
@@ -213,6 +212,10 @@ def _over_floor(content: Content, name: str) -> str:
     medians = [(median_of(result, name), result["floor_us"]) for result in content["results"]]
     excess = [value - floor for value, floor in medians if value is not None and floor is not None]
     return f"{min(excess):.1f} to {max(excess):.1f}" if excess else "-"
+
+
+def _size(result: Content) -> str:
+    return f"{result['hidden_dim']}x{result['intermediate_dim']}"
 
 
 def _us(value: float | None) -> str:
