@@ -176,7 +176,7 @@ def native_product_refusal(mlp_intermediate: torch.Tensor, weight: torch.Tensor)
             return ValueError(f"{name} must be contiguous for backend 'native', got strides {list(tensor.stride())}")
         if not torch.compiler.is_compiling() and tensor.data_ptr() % ALIGNMENT != 0:
             return ValueError(
-                f"{name} must be {ALIGNMENT}-byte aligned for backend 'native', got address {tensor.data_ptr():#x}"
+                f"{name} must be {ALIGNMENT}-byte aligned for backend 'native' ({name}.clone() is), got address {tensor.data_ptr():#x}"
             )
     return None
 

@@ -1,7 +1,7 @@
 """One command that turns the claims about a GPU into a receipt: build, bits, errors, goldens, tests, hazards, sanitizers.
 
     python -m tests.receipt --out DIR    in a checkout, on a machine with a GPU: DIR/receipt.json, and a folder a stage
-    python -m tests.receipt --readme     write the figures of tests/data/receipts/ into README.md
+    python -m tests.receipt --readme     write the figures of tests/data/receipts/ into README.md and beside the receipts, and draw
 
 The receipt is one JSON object: ``receipt`` ("gpu"), ``schema_version``, ``machine`` (:mod:`mlpdown.machine`) and ``stages``, name ->
 {verdict, seconds, findings, log_tail}; :mod:`stages` says what each finds.

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
-import re
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlpdown.reference import order
 
 from mlpdown.bench import e2e_timing
 from mlpdown.bench.e2e_timing import Pair
 from mlpdown.json_lines import write_json
 from receipt import __main__ as receipt
-from receipt.readme import BEGIN, END, README, RECEIPTS, figures, update_readme, with_figures
+from receipt import drawings
+from receipt.readme import (
+    BLOCKS,
+    NO_RECEIPT,
+    README,
+    RECEIPTS,
+    all_figures,
+    files,
+    headline,
+    newest_receipts,
+    six_figures,
+    update_readme,
+    with_block,
+)
 from receipt.stages import HAZARD_TESTS, REPOSITORY, SANITIZER_TESTS, STAGES, Stage, read_junit, run_stage, summarize
 
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
@@ -133,52 +147,98 @@ def end_to_end(loop: list[Pair]) -> dict[str, Any]:
     return content
 
 
-def test_figures_are_those_of_the_newest_receipts(tmp_path: Path) -> None:
-    assert figures(tmp_path) == "No receipt has been made yet.\n"
-    write_json(tmp_path / "new.json", operation("2025-01-02T00:00:00+00:00", 12.4))
-    write_json(tmp_path / "old.json", operation("2025-01-01T00:00:00+00:00", 99.9))
-    (tmp_path / "new.svg").write_text("<svg/>")
-    write_json(tmp_path / "e2e.json", end_to_end([Pair(4, 4, 3.0, 2.5)]))
-    (tmp_path / "tests.xml").write_text(JUNIT)
-    stages = {"hazard": {"verdict": "failed", "seconds": 3, "findings": read_junit(tmp_path), "log_tail": ""}}
-    write_json(tmp_path / "gpu.json", {"receipt": "gpu", "machine": machine("2025-01-01"), "stages": stages})
-    block = figures(tmp_path)
-    assert "| pythia-2.8b 2560x10240 float16 | 11.68 | - | 12.40 (1.06) | - | - | 22.00 (1.88) | 20.00 (1.71) |" in block
-    assert "99.9" not in block
-    assert "CPU time of an eager call: 7.5 us, PyTorch's three calls 28.0 us." in block
-    assert f"({RECEIPTS}/new.svg)" in block
-    assert "GPT-NeoX 2.8b, float16, weight_prefetch." in block
-    assert "| compile, cache of 32 | 8 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in block
-    assert "| loop | 4 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in block
-    assert "Failed there: graph: no device." in block
-    assert "Not run: compile, cache of 2064, to 2048 tokens; eager, to 4 tokens." in block
-    assert "| hazard | failed | 1 passed, 1 failed, 1 skipped |" in block
+def write_receipts(folder: Path) -> None:
+    write_json(folder / "new.json", operation("2025-01-02T00:00:00+00:00", 12.4))
+    write_json(folder / "old.json", operation("2025-01-01T00:00:00+00:00", 99.9))
+    write_json(folder / "e2e.json", end_to_end([Pair(4, 4, 3.0, 2.5)]))
+    (folder / "tests.xml").write_text(JUNIT)
+    stages = {"hazard": {"verdict": "failed", "seconds": 3, "findings": read_junit(folder), "log_tail": ""}}
+    write_json(folder / "gpu.json", {"receipt": "gpu", "machine": machine("2025-01-01"), "stages": stages})
+
+
+def test_page_has_the_figures_of_every_receipt(tmp_path: Path) -> None:
+    write_receipts(tmp_path)
+    page = all_figures(tmp_path)
+    assert "| pythia-2.8b 2560x10240 float16 | 11.68 | - | 12.40 (1.06) | - | - | 22.00 (1.88) | 20.00 (1.71) |" in page
+    assert page.index("## new.json") < page.index("12.40") < page.index("## old.json") < page.index("99.90")
+    assert "CPU time of an eager call: 7.5 us, PyTorch's three calls 28.0 us." in page
+    assert "GPT-NeoX 2.8b, float16, weight_prefetch." in page
+    assert "| compile, cache of 32 | 8 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in page
+    assert "| loop | 4 | 3.000 | 2.500 | 1.200 (1.200 to 1.200) |" in page
+    assert "Failed there: graph: no device." in page
+    assert "Not run: compile, cache of 2064, to 2048 tokens; eager, to 4 tokens." in page
+    assert "| hazard | failed | 1 passed, 1 failed, 1 skipped |" in page
+
+
+def test_readme_has_the_figures_of_the_newest_receipts(tmp_path: Path) -> None:
+    assert headline({}) == six_figures({}) == []
+    write_receipts(tmp_path)
+    newest = newest_receipts(tmp_path)
+    table, best = "\n".join(six_figures(newest)), "\n".join(headline(newest))
+    assert "| NVIDIA H200, kernels of commit abc, float16 | floor |" in table
+    assert "| pythia-2.8b 2560x10240 | 11.68 | 12.40 (1.06) | - | 22.00 (1.88) |" in table
+    assert "12.4 us back to back, - us alone. PyTorch takes 22.0" in best
+    assert "99.9" not in table + best
+
+
+def test_readme_compares_the_fastest_of_either_side(tmp_path: Path) -> None:
+    def row(mode: str, stock: float, patched: float) -> dict[str, Any]:
+        medians = {"stock_ms": {"median": stock}, "patched_ms": {"median": patched}, "ratio": {"median": stock / patched}}
+        return {"mode": mode, "num_tokens": 256, **medians}
+
+    content = end_to_end([Pair(4, 4, 3.0, 2.5)])
+    content["rows"] = [row("compile", 2.4, 2.3), row("compile-pdl", 2.6, 2.0)]
+    (_, times) = headline({"e2e": content})
+    assert "1.04 times as long with torch.compile, 1.20 times if both may use PDL." in times
 
 
 def test_a_ratio_that_may_be_anything_is_named_and_not_shown(tmp_path: Path) -> None:
     noisy = [Pair(4 * end, 4, *pair) for end, pair in enumerate([(12.0, 48.0), (48.0, 12.0)] * 8, 1)]
     write_json(tmp_path / "e2e.json", end_to_end(noisy))
-    block = figures(tmp_path)
+    block = all_figures(tmp_path)
     assert "| compile, cache of 32 | 8 |" in block
     assert "| loop" not in block
     assert "Too noisy to say anything (mode and tokens): loop 64." in block
 
 
-def test_only_the_block_of_the_readme_is_rewritten(tmp_path: Path) -> None:
-    (tmp_path / README).write_text(f"# a\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+def test_only_the_blocks_of_the_readme_are_rewritten(tmp_path: Path) -> None:
+    (tmp_path / RECEIPTS).mkdir(parents=True)
+    marks = [f"<!-- {name}:{which} -->" for name in BLOCKS for which in ("begin", "end")]
+    begin, end, *others = marks
+    (tmp_path / README).write_text("\n".join(["# a", begin, "old", end, "between", *others, "after", ""]))
     assert update_readme(tmp_path)
-    assert (tmp_path / README).read_text() == f"# a\n\n{BEGIN}\nNo receipt has been made yet.\n{END}\n\nafter\n"
+    expected = ["# a", begin, NO_RECEIPT, end, "between", others[0], NO_RECEIPT, others[1], "after", ""]
+    assert (tmp_path / README).read_text().split("\n") == expected
     assert not update_readme(tmp_path)
-    for text in ("no marks", f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
-        with pytest.raises(ValueError, match="figures:begin"):
-            with_figures(text, "")
+    for text in ("no marks", f"{end}{begin}", f"{begin}{begin}{end}"):
+        with pytest.raises(ValueError, match="headline:begin"):
+            with_block(text, "headline", [])
 
 
-def test_readme_is_in_step_with_the_receipts() -> None:
+def test_what_is_made_from_the_receipts_is_in_step_with_them() -> None:
     """If not: ``python -m tests.receipt --readme``."""
-    text = (REPOSITORY / README).read_text()
-    assert with_figures(text, figures(REPOSITORY / RECEIPTS)) == text
+    made = files(REPOSITORY)
+    assert len(made) == 4
+    assert len(six_figures(newest_receipts(REPOSITORY / RECEIPTS))) == 2 + 6 + 1 + 3, "six rows, with a head and how to read them"
+    assert [path for path, text in made.items() if (REPOSITORY / path).read_text() != text] == []
 
 
-def test_plot_of_the_readme_is_of_one_shape() -> None:
-    assert len(re.findall("TB/s of weights", (REPOSITORY / RECEIPTS / "h200-2026-11-24-op.svg").read_text())) == 1
+def test_drawing_of_the_order_follows_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deals every vector of a segment once, draws every addition, and follows the constants."""
+    dealt = [vector for lane in range(order.NUM_LANES) for vector in drawings.vectors_of(lane, 160)]
+    assert sorted(dealt) == list(range(160)) and drawings.vectors_of(3, 160) == [3, 35, 67, 99, 131]
+    drawing = drawings.order_svg()
+    xml.etree.ElementTree.fromstring(drawing)
+    # 7 in a lane, 31 over lanes, 7 over segments, and three tensors.
+    assert drawing.count("<circle") == 7 + 31 + 7 + 3
+
+    monkeypatch.setattr(order, "MIN_VECTORS_PER_SEGMENT", 512)
+    assert drawings.order_svg().count("<circle") == 7 + 31 + 1 + 3, "two segments"
+
+
+def test_plot_has_six_bars_and_leaves_out_what_was_not_measured() -> None:
+    content = json.loads((REPOSITORY / RECEIPTS / "h200-2026-11-24-op.json").read_text())
+    plot = drawings.times_svg(content["results"][0], "a GPU")
+    xml.etree.ElementTree.fromstring(plot)
+    assert plot.count("<rect") == 1 + 6
+    assert drawings.times_svg(content["results"][2], "a GPU").count("<rect") == 1 + 5, "without torch.compile"
