@@ -30,8 +30,8 @@ MIN_REGISTERS_WARPS = 4
 # fewer CTAs share an SM, and a chain was up to 3 % faster.
 MIN_VECTORS_IN_FLIGHT = 5
 
-# CTAs of the ring that share an SM: while one starts, ends or sums, memory works for the other. Of an SM's shared
-# memory the device keeps so much for each.
+# CTAs of the ring that share an SM: while one starts, ends or sums, memory works for the other. For each of them the
+# device keeps this much of an SM's shared memory.
 CTAS_PER_SM = 2
 RESERVED_BYTES_PER_CTA = 2**10
 # Under way for each CTA: enough to keep memory busy. More only makes all that is asked for later.

@@ -99,7 +99,7 @@ def run(
         refusal = _refusal(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
         if refusal is not None:
             return refusal
-        if _run is None:  # torch.compile would trace how it is loaded
+        if _run is None:  # not while compiling: the refusal has loaded it
             load()
         packed = packed_plan(_sizes(weight), weight.get_device(), plan, weight_prefetch)
         if out is None:

@@ -105,8 +105,9 @@ def pythia_2b8_mlp_only(
 
     Args:
         hidden_states, attn_output: ``[..., 2560]``, one token: ``[2560]``, ``[1, 2560]``, ``[1, 1, 2560]``.
-        mlp_intermediate: ``[..., 10240]``, one
-            token. mlp_down_weight: ``[2560, 10240]``. mlp_down_bias: ``[2560]``. All float16 or all bfloat16.
+        mlp_intermediate: ``[..., 10240]``, one token.
+        mlp_down_weight: ``[2560, 10240]``.
+        mlp_down_bias: ``[2560]``. All float16 or all bfloat16.
 
     Returns:
         A tensor of the shape of ``hidden_states``, as :func:`run` with ``backend="auto"``.

@@ -11,7 +11,8 @@ In prose, for one output element of one token, over a row of ``row_length`` weig
 5.  The lane's sum is ``((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))``. A lane without vectors has the sum +0.0.
 6.  The segment's sum is a tree over its lanes: lane ``l`` adds lane ``l + 16``'s sum to its own, then that of ``l + 8``, ``l + 4``,
     ``l + 2`` and ``l + 1``; the sum of lane 0 is the segment's.
-7.  The row's sum is ``(((s0 + s1) + s2) + ...)`` over the segments in order.
+7.  The row's sum is ``(((s0 + s1) + s2) + ...)`` over the segments in order. A NaN becomes 0x7fffffff, whatever NaN it was: a GPU's
+    additions give no other.
 8.  The result is ``((sum + bias) + attn_output) + hidden_states``; a tensor that is absent leaves its addition out.
 9.  That is rounded once, to nearest even, to float16 or bfloat16. A NaN becomes 0x7fff in both, whatever NaN it was.
 
@@ -48,6 +49,9 @@ BFLOAT16 = 1
 DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 CANONICAL_NAN = 0x7FFF
+CANONICAL_NAN_SUM = np.uint32(0x7FFFFFFF)
+"""The NaN of a row's sum, in float32."""
+_INFINITY = np.uint32(0x7F800000)
 
 _ZERO = np.float32(0.0)
 
@@ -93,7 +97,7 @@ class Arithmetic(NamedTuple):
 
 def arithmetic(machine: Machine) -> Arithmetic:
     """Compile the canonical order for ``machine``."""
-    add, fma, float_to_bits = machine.add, machine.fma, machine.float_to_bits
+    add, fma, float_to_bits, bits_to_float = machine.add, machine.fma, machine.float_to_bits, machine.bits_to_float
 
     def sum_lane(weight_row, activation, first_vector, end_vector, lane):
         """Steps 3 to 5: the sum of one lane over the vectors ``first_vector`` to ``end_vector`` of a row."""
@@ -121,6 +125,8 @@ def arithmetic(machine: Machine) -> Arithmetic:
         total = segment_sums[0]
         for segment in range(1, num_segments):
             total = add(total, segment_sums[segment])
+        if float_to_bits(total) & CANONICAL_NAN_SUM > _INFINITY:
+            return bits_to_float(CANONICAL_NAN_SUM)
         return total
 
     def round_once(value, dtype):

@@ -13,7 +13,7 @@ from mlpdown.cases import Case, make_case
 from mlpdown.plan import Plan
 
 DEVICE = "cuda"
-NUM_DISTINCT_ROWS = 127  # no tile, cluster or grid is a multiple of it: a row that lands in another's place shows
+NUM_DISTINCT_ROWS = 127  # no stage, cluster or grid is a multiple of it: a row that lands in another's place shows
 GUARD_ELEMENTS = 256
 # A NaN in both dtypes, and not the one that the op writes: poison where results go, canary around them.
 POISON = 0x7FAD

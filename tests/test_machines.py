@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types as python_types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def test_bits_of_a_float_come_back(machine: str) -> None:
     assert np.array([there_and_back(value) for value in numbers], np.float32).tobytes() == numbers.tobytes()
 
 
-# ---- What they are compiled to
-# --------------------------------------------------------------------------------------------------------------
+# ---- What they are compiled to --------------------------------------------------------------------------------------------------------
 
 MATRIX = types.Array(types.float32, 2, "C")
 BITS = types.Array(types.int16, 2, "C")
@@ -115,15 +115,43 @@ def test_numba_makes_the_gpu_no_other_float_instruction(monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("add", "add.rn.f32"), ("mul", "mul.rn.f32"), ("fma", "fma.rn.f32"), ("div", "div.rn.f32"), ("sqrt", "sqrt.rn.f32")],
+)
+def test_each_operation_is_one_instruction_of_a_gpu(
+    name: str, instruction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded to nearest even, subnormals kept, even where a compiler could fuse it with the next."""
+    from numba import cuda
+
+    made = machines.gpu_machine()
+    operation = getattr(made, name)
+    num_operands = {"fma": 3, "sqrt": 1}.get(name, 2)
+
+    def kernel(values: Any) -> None:
+        if num_operands == 3:
+            values[0, 0] = operation(values[0, 0], values[0, 1], values[0, 2])
+        elif num_operands == 2:
+            values[0, 0] = operation(values[0, 0], values[0, 1])
+        else:
+            values[0, 0] = operation(values[0, 0])
+
+    assert float_instructions(ptx_of(cuda.jit(kernel), (MATRIX,), monkeypatch)) == {instruction}
+
+
 def test_numba_makes_the_cpu_no_other_float_instruction() -> None:
     """In LLVM's own language, where a flag (fast, contract, reassoc) would allow another result."""
     case = make_case(64, 2048, "float16")
     case.expected_bits()
-    code = "\n".join(row_sums._cpu_loop().inspect_llvm().values())  # type: ignore[attr-defined]
+    loops = (row_sums._cpu_loop(), *finish._cpu_loops())
+    code = "\n".join(text for loop in loops for text in loop.inspect_llvm().values())  # type: ignore[attr-defined]
     operations = re.findall(r"= (f(?:add|sub|mul|div|rem|neg)\b[^%\n]*)", code) + re.findall(
         r"call (.*@llvm\.fm[\w.]+)", code
     )
-    assert {operation.strip() for operation in operations} == {"fadd float", "float @llvm.fma.f32"}
+    # The finish has an element in each place of a vector.
+    operations = [re.sub(r"<\d+ x float>", "float", operation).strip() for operation in operations]
+    assert set(operations) == {"fadd float", "float @llvm.fma.f32"}
     assert "double" not in code
 
 

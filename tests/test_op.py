@@ -119,11 +119,20 @@ def test_eager_call_is_one_op_to_the_modes_of_torch(monkeypatch: pytest.MonkeyPa
     assert called == [torch.ops.mlpdown.run.default]
 
 
+@pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("backend", ["native", "auto"])
-def test_compiled_call_is_one_op(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_compiled_call_is_one_op(monkeypatch: pytest.MonkeyPatch, backend: str, loaded: bool) -> None:
     """Nothing that loads the library or asks the device is traced: fake CUDA tensors show it without a GPU."""
+    native_backend.load()
+    run = native_backend._run
+    if not loaded:
+        monkeypatch.setattr(native_backend, "_run", None)
+
+    def load_without_refusal(device_index: int) -> None:
+        native_backend._run = run
+
     monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
-    monkeypatch.setattr(native_backend, "_cached_refusal_of_device", lambda device_index: None)
+    monkeypatch.setattr(native_backend, "_cached_refusal_of_device", load_without_refusal)
     native_backend._packed_plan.cache_clear()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -145,6 +154,19 @@ def test_compiled_call_is_one_op(monkeypatch: pytest.MonkeyPatch, backend: str) 
         torch._dynamo.reset()
     (graph,) = graphs
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.mlpdown.run.default]
+
+
+def test_auto_sums_by_torch_what_native_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is not contiguous; by name, the same refusal is raised."""
+    monkeypatch.setattr(native_backend, "device_properties", lambda device_index: H200)
+    monkeypatch.setattr(native_backend, "_cached_refusal_of_device", lambda device_index: None)
+    with FakeTensorMode(), torch.no_grad():
+        activation = torch.empty(1, 512, dtype=torch.float16, device="cuda")
+        weight = torch.empty(512, 96, dtype=torch.float16, device="cuda").t()
+        with pytest.raises(ValueError, match=r"^weight must be contiguous for backend 'native'"):
+            mlpdown.partial_sums(activation, weight, backend="native")
+        sums = mlpdown.partial_sums(activation, weight)
+    assert (sums.shape, sums.dtype, sums.device.type) == ((1, 96), torch.float32, "cuda")
 
 
 def test_op_on_cpu_tensors_says_that_it_needs_cuda() -> None:

@@ -175,6 +175,18 @@ def test_every_nan_is_the_canonical_one(dtype: str) -> None:
     assert np.isfinite(accuracy.bits_to_float64(bits[5:], dtype)).all()
 
 
+@pytest.mark.parametrize("row_length", [64, 8192])
+def test_partial_sums_have_one_nan(row_length: int) -> None:
+    """Of any NaN, of infinities that cancel, of zero times infinity; of a row of one segment and of eight."""
+    weight, activation = np.ones((4, row_length), np.float32), np.ones((1, row_length), np.float32)
+    weight[0, 3] = np.uint32(0xFFC01234).view(np.float32)
+    weight[1, [0, row_length - 1]] = np.inf, -np.inf
+    weight[2, 5], activation[0, 5] = np.inf, 0.0
+    sums = reference.partial_sums(activation, weight)[0]
+    assert sums.view(np.uint32)[:3].tolist() == [0x7FFFFFFF] * 3
+    assert sums[3] == row_length - 1
+
+
 def _random_values(
     generator: np.random.Generator, shape: tuple[int, ...], exponents: tuple[int, int], dtype: str
 ) -> np.ndarray:

@@ -48,6 +48,6 @@ The checks, each of which ``test_faults.py`` sees fail when the kernels are chan
     absent lane, divergence   a warp meets without some of its lanes, or its lanes in different places
     out of bounds, misaligned
     early read, early write   of global memory, before the thread has waited for earlier grids; the weight, unless it may be prefetched
-    early dependents          let in by a thread that has not waited for earlier grids
+    early dependents          started by a thread that has not waited for earlier grids
     write to an input, read of the output, second write
 """

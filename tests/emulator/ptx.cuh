@@ -90,8 +90,10 @@ void griddepcontrol_launch_dependents(Where where = Where::current());
 
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------------------
 
-MLPDOWN_DEVICE float fma_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-MLPDOWN_DEVICE float add_rn(float a, float b) { return a + b; }
+// PTX's float32 arithmetic has one NaN.
+inline float one_nan(float value) { return std::isnan(value) ? std::bit_cast<float>(0x7fffffffu) : value; }
+MLPDOWN_DEVICE float fma_rn(float a, float b, float c) { return one_nan(std::fmaf(a, b, c)); }
+MLPDOWN_DEVICE float add_rn(float a, float b) { return one_nan(a + b); }
 
 MLPDOWN_DEVICE float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 

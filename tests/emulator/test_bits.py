@@ -232,6 +232,18 @@ def test_any_bits_as_input(kernel: Kernel, dtype: str) -> None:
     assert kinds == {"nan", "infinity", "finite"}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partial_sums_of_any_bits(kernel: Kernel, dtype: str) -> None:
+    """In rows of one segment and of eight: most sums are NaNs, and there is one NaN."""
+    random = np.random.default_rng(6)
+    for seed, (intermediate_dim, plan) in enumerate(one_plan_a_size(1)):
+        drawn = {name: random.integers(0, 1 << 16, shape, np.uint16) for name, shape in _shapes(19, intermediate_dim).items()}
+        inputs = Inputs(dtype, **drawn)
+        out, _ = kernel.launch(inputs, plan, num_clusters=2, seed=seed, is_partial_sums=True)
+        assert np.isnan(out).any()
+        assert_same_bits(out, expected_partial_sums(inputs), f"{plan}, seed {seed}")
+
+
 def _shapes(hidden_dim: int, intermediate_dim: int) -> dict[str, tuple[int, ...]]:
     vectors = {name: (hidden_dim,) for name in ("hidden_states", "attn_output", "bias")}
     return {"mlp_intermediate": (intermediate_dim,), "weight": (hidden_dim, intermediate_dim), **vectors}

@@ -72,7 +72,7 @@ def _cases() -> list[Case]:
 
 
 def test_ring_as_long_as_the_slots(kernel: Kernel) -> None:
-    """Warps that find no rows in the last tile may be a whole pass over the slots ahead of the epilogue."""
+    """Warps that find no rows in the last stage may be a whole pass over the slots ahead of the epilogue."""
     inputs = make_inputs(33, 64, "float16", 1)
     expected = expected_bits(inputs)
     for seed in range(60):
@@ -83,8 +83,8 @@ def test_ring_as_long_as_the_slots(kernel: Kernel) -> None:
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_schedules(kernel: Kernel, case: Case, num_schedules: int) -> None:
     fewest_rows = case.hidden_dim // case.num_clusters - case.plan.stagger_rows
-    num_tiles = -(-fewest_rows // case.plan.rows_per_stage)
-    assert case.plan.rows_in_registers or num_tiles > 3 * case.plan.num_stages, "the ring must wrap three times"
+    num_stages_of_rows = -(-fewest_rows // case.plan.rows_per_stage)
+    assert case.plan.rows_in_registers or num_stages_of_rows > 3 * case.plan.num_stages, "the ring must wrap three times"
     inputs = make_inputs(case.hidden_dim, case.intermediate_dim, case.dtype, 1)
     expected = expected_bits(inputs)
     for seed in range(-(-num_schedules // len(_cases()))):

@@ -212,3 +212,13 @@ def test_errors_name_the_argument(alone: Any) -> None:
         run_slice(dict(case, attn_output=case["attn_output"][0]), slice(None), alone, "auto")
     with pytest.raises(TypeError, match=r"bias must have the dtype of weight_shard, torch.float16, got torch.float32"):
         run_slice(dict(case, bias=case["bias"].float()), slice(None), alone, "auto")
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "attn_output", "mlp_intermediate", "weight", "bias"])
+def test_gradients_are_refused_not_lost(alone: Any, name: str) -> None:
+    case: Any = make_case(torch.float16, True, True)
+    case[name].requires_grad_()
+    with pytest.raises(ValueError, match=r"^run_row_parallel has no derivative.*torch\.no_grad\(\)"):
+        run_slice(case, slice(None), alone, "torch")
+    with torch.no_grad():
+        assert run_slice(case, slice(None), alone, "torch").shape == (1, HIDDEN_DIM)

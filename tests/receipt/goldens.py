@@ -12,7 +12,7 @@ import mlpdown
 from mlpdown.check import result_bits
 from mlpdown.golden import Golden, GoldenCase
 
-# Cancelling inputs without residuals show every change of order; ragged sizes leave segments, lanes and tiles partly empty.
+# Cancelling inputs without residuals show every change of order; ragged sizes leave segments, lanes and stages partly empty.
 GOLDEN_CASES = tuple(
     GoldenCase(hidden_dim, intermediate_dim, dtype, kind, seed)
     for hidden_dim, intermediate_dim, kind, seed in (
