@@ -16,7 +16,6 @@ from typing import Any
 from . import machines
 
 THREADS_PER_BLOCK = 128
-MAX_TOKEN_BLOCKS = 65535
 
 
 def on_cpu(sums, addends: Sequence[Any], dtype: int, out) -> None:
@@ -33,7 +32,7 @@ def on_cpu(sums, addends: Sequence[Any], dtype: int, out) -> None:
 def on_cuda(sums, addends: Sequence[Any], dtype: int, out, stream=0) -> None:
     """The same on arrays that live where the kernels run: device arrays on a GPU, NumPy arrays in the simulator."""
     num_tokens, num_rows = sums.shape
-    grid = (-(-num_rows // THREADS_PER_BLOCK), min(num_tokens, MAX_TOKEN_BLOCKS))
+    grid = (-(-num_rows // THREADS_PER_BLOCK), min(num_tokens, machines.MAX_TOKEN_BLOCKS))
     add, round_once = _cuda_kernels()
     for addend in addends:
         add[grid, THREADS_PER_BLOCK, stream](sums, addend)

@@ -19,6 +19,9 @@ from numba.extending import intrinsic
 
 from .order import Arithmetic, Machine, arithmetic
 
+# Grids are limited to 65535 in their second dimension. A block takes more than one token if there are more.
+MAX_TOKEN_BLOCKS = 65535
+
 _FLOAT = types.float32
 
 

@@ -19,8 +19,6 @@ import numpy as np
 from . import machines
 from .order import MAX_SEGMENTS, NUM_LANES, VECTOR_SIZE, num_segments, vectors_per_segment
 
-# Grids are limited to 65535 in their second dimension. A block takes more than one token if there are more.
-MAX_TOKEN_BLOCKS = 65535
 MIN_ROWS_PER_THREAD = 64
 
 
@@ -40,7 +38,7 @@ def on_cpu(activation, weight, sums) -> None:
 def on_cuda(activation, weight, sums, stream=0) -> None:
     """The same on arrays that live where the kernel runs: device arrays on a GPU, NumPy arrays in the simulator."""
     row_length = weight.shape[1]
-    grid = (weight.shape[0], min(activation.shape[0], MAX_TOKEN_BLOCKS))
+    grid = (weight.shape[0], min(activation.shape[0], machines.MAX_TOKEN_BLOCKS))
     block = num_segments(row_length) * NUM_LANES
     _cuda_kernel()[grid, block, stream](
         activation, weight, num_segments(row_length), vectors_per_segment(row_length), sums

@@ -147,7 +147,7 @@ ACCESSES = [
     ("Read access at void f<pair<A<int>, (unsigned int)(3)>, B>(pair<A<int>, int>)+0x10 in f.cu:1", "Read f"),
     ("Write access at void <unnamed>::plant<int>(T1 *)+0x10 in f.cu:1", "Write ::plant"),
     # A lambda is its kernel, which is in no explanation.
-    ("Write access at void mlp_down<A, (unsigned int)1>(B)::[lambda() (instance 1)]::operator ()() const+0x10", "Write mlp_down"),
+    ("Write access at void ring<A, (unsigned int)1>(B)::[lambda() (instance 1)]::operator ()() const+0x10", "Write ring"),
     ("Read access at f+0x10", "Read f"),
     ("Read access at void f<int(int)+0x10 in f.cu:1", "Read access at void f<int(int)+0x10 in f.cu:1"),
     ("Read access at +0x10 in f.cu:1", "Read access at +0x10 in f.cu:1"),

@@ -49,19 +49,19 @@ def test_which_gpus_a_library_serves(held: tuple[str, ...], capability: tuple[in
 def test_report_is_read_from_what_ptxas_says() -> None:
     log = """
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z8mlp_downI7Float16Lj8ELj4EEv14MlpDownProblem11MlpDownPlan' for 'sm_90'
-ptxas info    : Function properties for _Z8mlp_downI7Float16Lj8ELj4EEv14MlpDownProblem11MlpDownPlan
+ptxas info    : Compiling entry function '_Z4ringI7Float16Lj8ELj4EEv14MlpDownProblem11MlpDownPlan' for 'sm_90'
+ptxas info    : Function properties for _Z4ringI7Float16Lj8ELj4EEv14MlpDownProblem11MlpDownPlan
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 86 registers, used 1 barriers, 384 bytes smem, 16 bytes lmem
 """
-    assert report.parse(log) == [report.KernelResources("sm_90", "mlp_down<Float16, 8, 4>", 86, 4, 12, 8, 16, 384)]
+    assert report.parse(log) == [report.KernelResources("sm_90", "ring<Float16, 8, 4>", 86, 4, 12, 8, 16, 384)]
 
 
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        ("_Z8mlp_downI8BFloat16Lj4ELj2EEv14MlpDownProblem11MlpDownPlan", "mlp_down<BFloat16, 4, 2>"),
-        ("_Z18mlp_down_registersI7Float16Lj5EEv14MlpDownProblem", "mlp_down_registers<Float16, 5>"),
+        ("_Z4ringI8BFloat16Lj4ELj2EEv14MlpDownProblem11MlpDownPlan", "ring<BFloat16, 4, 2>"),
+        ("_Z9registersI7Float16Lj5EEv14MlpDownProblem", "registers<Float16, 5>"),
         ("_Z5other", "_Z5other"),
     ],
 )
