@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import interrupt as interrupt  # before torch
 from .backends import BackendStatus, backends
 from .ops import partial_sums, pythia_2b8_mlp_only, run
 from .plan import Plan

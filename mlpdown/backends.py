@@ -81,6 +81,8 @@ def _numba_status() -> BackendStatus:
     refusal = numba_refusal("cpu")
     if refusal is not None:
         return BackendStatus(False, refusal)
-    on_gpu = numba_refusal("cuda") if torch.cuda.is_available() else None
-    on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
+    on_cuda = ""
+    if torch.cuda.is_available():
+        on_gpu = numba_refusal("cuda")
+        on_cuda = f"; on CUDA tensors not: {on_gpu}" if on_gpu else " and on CUDA tensors"
     return BackendStatus(True, f"the specification, on CPU tensors{on_cuda}")

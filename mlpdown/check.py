@@ -38,7 +38,7 @@ from .reference.order import VECTOR_SIZE
 
 PROMISE_BITS = ("native", "numba")
 PYTHIA_SHAPE = (2560, 10240)
-SUBNORMAL_SHAPE = (64, 264)
+SUBNORMAL_SHAPE = (192, 264)  # rows for several threads, each of which keeps subnormals or does not
 TABLE_COLUMNS = 80  # in narrower terminals, whole lines that wrap say more than columns that are cut
 BYTES_A_WEIGHT = 56  # of memory, at most at once: measured, most of it for the float64 result
 CAPTION = (
@@ -265,6 +265,9 @@ def _trial_of_model(arguments: argparse.Namespace) -> Trial:
     stored = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     if arguments.dtype is None and weight.dtype not in stored:
         raise ValueError(f"{arguments.model} holds {weight.dtype}: say with --dtype what to round it to")
+    for tensor in (weight, bias):
+        if not tensor.is_floating_point():
+            raise ValueError(f"weight and bias must be floating-point numbers, {arguments.model} holds {tensor.dtype}: quantised?")
     name = arguments.dtype or stored[weight.dtype]
     if weight.shape[1] % VECTOR_SIZE:
         raise ValueError(f"intermediate_dim must be a multiple of 8, {arguments.model} has {list(weight.shape)}")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from . import __version__
+from . import __version__, interrupt
 from .jit import BuildError
 
 # Each of these modules has add_arguments(parser) and main(arguments) -> exit status.
@@ -25,7 +25,7 @@ COMMANDS = {
     "build": ("mlpdown.jit.command", "build the native library ahead of time"),
     "bench": ("mlpdown.bench", "measure"),
 }
-BROKEN, NOT_SERVED, INTERRUPTED = 1, 2, 130
+BROKEN, NOT_SERVED, INTERRUPTED = 1, 2, interrupt.INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in words if not word.startswith("-")), None)
     name = f"mlpdown {command}" if command in COMMANDS else "mlpdown"
     try:
+        interrupt.main_takes_over()
         level = _log_level()
         logging.basicConfig(level=level, format="mlpdown: %(levelname)s: %(message)s")
         parser = _parser(command)

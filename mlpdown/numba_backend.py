@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import validate
 from .numba_refusal import numba_refusal
@@ -19,7 +20,12 @@ def run(
     """As :func:`mlpdown.run`."""
     validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
     validate.check_no_grad("numba", hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-    _check_here(hidden_states, attn_output, mlp_intermediate, weight, bias)
+    if _is_watched(hidden_states, attn_output, mlp_intermediate, weight, bias, out):
+        from .module import _numba_mlp_down
+
+        opaque = _numba_mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias)
+        return opaque if out is None else out.copy_(opaque)
+    _check_here(weight)
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
     if result.numel() == 0:
         return result
@@ -32,20 +38,50 @@ def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.
     """As :func:`mlpdown.partial_sums`."""
     validate.check_product(mlp_intermediate, weight)
     validate.check_no_grad("numba", mlp_intermediate, weight)
-    _check_here(mlp_intermediate, weight)
+    if _is_watched(mlp_intermediate, weight):
+        return _numba_partial_sums(mlp_intermediate, weight)
+    _check_here(weight)
     return _row_sums(_rows(mlp_intermediate), _rows(weight)).view(*mlp_intermediate.shape[:-1], weight.shape[0])
 
 
-def _check_here(*tensors: torch.Tensor | None) -> None:
+@torch.library.custom_op("mlpdown::numba_partial_sums", mutates_args=())
+def _numba_partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return partial_sums(mlp_intermediate, weight)
+
+
+@_numba_partial_sums.register_fake
+def _(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    shape = (*mlp_intermediate.shape[:-1], weight.shape[0])
+    return torch.empty(shape, dtype=torch.float32, device=weight.device)
+
+
+def _is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch must see the call as one opaque op, because it traces, or has tensors without data. Numba reads memory behind
+    torch's back: where that would be a wrong answer and an op none either, this raises."""
+    if torch.compiler.is_compiling():
+        return True
+    reason = validate.beyond_an_op()
+    if reason is not None:
+        raise NotImplementedError(f"backend 'numba' cannot be used while {reason}: take backend='torch'")
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
     for tensor in tensors:
-        if tensor is not None and tensor.device.type not in ("cpu", "cuda"):
+        if tensor is None:
+            continue
+        if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"every tensor must be on a CPU or a CUDA device for backend 'numba', got {tensor.device}")
-        if validate.overrides_torch(tensor):
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"every tensor must be strided for backend 'numba', got {tensor.layout}: take its to_dense()")
+        if isinstance(tensor, FakeTensor):
+            watched = True
+        elif (own := validate.own_protocol(tensor)) is not None and (own == "__torch_function__" or not watched):
             raise TypeError(
-                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a "
-                "__torch_function__ of its own"
+                f"every tensor must be a plain one for backend 'numba', got {type(tensor).__name__}, which has a {own} of its own"
             )
-    refusal = numba_refusal(tensors[0].device.type)  # type: ignore[union-attr]
+    return watched
+
+
+def _check_here(tensor: torch.Tensor) -> None:
+    refusal = numba_refusal(tensor.device.type)
     if refusal is not None:
         raise RuntimeError(f"backend 'numba' cannot run here. {refusal}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 
 
 @functools.cache
@@ -17,7 +18,9 @@ def numba_refusal(device_type: str) -> str | None:
             for context in (target.typing_context, target.target_context):
                 context.refresh()  # which the first compilation would do: with a NumPy that it does not know, it fails here
     except Exception as error:  # noqa: BLE001 (of another package's import)
-        return f"Numba cannot be imported ({type(error).__name__}: {error}): reinstall mlpdown's dependencies"
+        variables = sorted(name for name in os.environ if name.startswith("NUMBA_"))
+        advice = f"unset {', '.join(variables)}, or " if variables else ""
+        return f"Numba cannot be imported ({type(error).__name__}: {error}): {advice}reinstall mlpdown's dependencies"
     if config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT keeps Numba from compiling the specification: unset it"
     if device_type == "cuda" and config.ENABLE_CUDASIM:

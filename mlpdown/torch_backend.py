@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ def run(
 ) -> torch.Tensor:
     """As :func:`mlpdown.run`."""
     validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
-    result = compute(hidden_states, attn_output, mlp_intermediate, weight, bias)
+    with _no_autocast(weight):
+        result = compute(hidden_states, attn_output, mlp_intermediate, weight, bias)
     return result if out is None else out.copy_(result)
 
 
@@ -46,4 +48,13 @@ def compute(
 def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """As :func:`mlpdown.partial_sums`. Converts the weight to float32: exact sums are what it is for, not speed."""
     validate.check_product(mlp_intermediate, weight)
-    return F.linear(mlp_intermediate.float(), weight.float())
+    with _no_autocast(weight):
+        return F.linear(mlp_intermediate.float(), weight.float())
+
+
+def _no_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """The op says what its result is, whatever autocast says of the operations that it is made of."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

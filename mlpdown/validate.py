@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from .plan import VECTOR_BYTES, Plan
 from .reference.order import VECTOR_SIZE
@@ -139,6 +140,32 @@ def overrides_torch(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def own_protocol(tensor: torch.Tensor) -> str | None:
+    """The protocol by which the class of a tensor gives torch's functions a meaning of its own, or None."""
+    if type(tensor) in PLAIN_CLASSES:
+        return None
+    if overrides_torch(tensor):
+        return "__torch_function__"
+    function: Any = type(tensor).__torch_dispatch__
+    return None if function is torch._C._disabled_torch_dispatch_impl else "__torch_dispatch__"
+
+
+def beyond_an_op() -> str | None:
+    """What is under way that an op without rules for it cannot answer to, or None: transforms other than ``functionalize``, which needs
+    none, and modes that give torch's functions another meaning."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Functionalize:
+        return "a torch.func transform is under way"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces"
+    if torch._C._len_torch_dispatch_stack() == 0:  # a tracer has function modes of its own
+        for position in range(torch._C._len_torch_function_stack()):
+            mode = torch._C._get_function_stack_at(position)
+            if not isinstance(mode, DeviceContext):  # torch.device("cuda") as a context: where tensors are made
+                return f"the TorchFunctionMode {type(mode).__name__} is on"
+    return None
+
+
 PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 _PLAIN_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
@@ -195,11 +222,17 @@ def _check_last_dim(name: str, tensor: torch.Tensor, axis: str, size: int) -> No
         raise ValueError(f"{name} must be [..., {axis}] = [..., {size}] as weight has it, got {list(tensor.shape)}")
 
 
+def _has_address(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or not one.numel() or not other.numel():
         return False
-    if one.is_meta or isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
-        return one is other  # no memory, no addresses
+    if not (_has_address(one) and _has_address(other)):
+        return one is other
     # Extents from the first to the last element: exact for contiguous tensors, on the safe side for others.
     begins = [t.data_ptr() for t in (one, other)]
     ends = [

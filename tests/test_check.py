@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mlpdown.reference import machines
+from mlpdown.reference.row_sums import MIN_ROWS_PER_THREAD
 from safetensors.torch import save_file
 
 from mlpdown import accuracy, check, checkpoint, cli, golden, numba_backend, torch_backend
@@ -237,6 +242,32 @@ def test_specification_that_flushes_subnormals_is_a_broken_promise() -> None:
     flushed = dataclasses.replace(kept, **zeros)
     oracle = accuracy.float64_result(kept)
     assert accuracy.outside_bound(flushed.expected_bits(), kept, oracle).mean() > 0.9
+
+
+@pytest.mark.parametrize("first_share_flushes", [False, True])
+def test_one_thread_that_flushes_subnormals_is_a_broken_promise(
+    first_share_flushes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check.SUBNORMAL_SHAPE[0] > 2 * MIN_ROWS_PER_THREAD
+    trial = check.Trial("subnormal", make_case(*check.SUBNORMAL_SHAPE, "bfloat16", "subnormal"))
+    guard, caller = machines.ieee_arithmetic, threading.current_thread()
+
+    @contextlib.contextmanager
+    def guard_of_some_threads() -> Iterator[None]:
+        if (threading.current_thread() is caller) != first_share_flushes:
+            with guard():
+                yield
+        else:
+            torch.set_flush_denormal(True)
+            try:
+                yield
+            finally:
+                torch.set_flush_denormal(False)
+
+    monkeypatch.setattr(machines.os, "cpu_count", lambda: 4)
+    assert check.run_trial(trial, ["numba"])[1] == []
+    monkeypatch.setattr(machines, "ieee_arithmetic", guard_of_some_threads)
+    assert check.run_trial(trial, ["numba"])[1] != []
 
 
 def test_verdict_is_true_where_subnormals_are_flushed(goldens: Path) -> None:
@@ -475,3 +506,14 @@ def test_number_that_is_none_is_named(option: str, value: str, capsys: pytest.Ca
 )
 def test_units_in_the_last_place(dtype: str, value: float, expected: float) -> None:
     assert accuracy.ulp(np.array([value]), dtype)[0] == expected
+
+
+@pytest.mark.parametrize("option", [[], ["--dtype", "float16"]])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_quantised_tensors_are_no_weights(
+    tmp_path: Path, layers: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str], option: list[str], part: str
+) -> None:
+    name = checkpoint.tensor_names(0)[part]
+    save_file({**layers, name: layers[name].to(torch.int8)}, tmp_path / checkpoint.SINGLE_FILE)
+    assert cli.main(["check", "--model", str(tmp_path), *option]) == 2
+    assert "torch.int8" in capsys.readouterr().err

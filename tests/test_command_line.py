@@ -103,6 +103,23 @@ def test_interrupt_is_status_130_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("library", ["libtorch_cpu", "libtorch_python"])
+@pytest.mark.parametrize("command", [MLPDOWN, [str(Path(sys.executable).with_name("mlpdown"))]], ids=["module", "script"])
+def test_interrupt_while_torch_is_imported_is_status_130_without_a_traceback(command: list[str], library: str) -> None:
+    process = subprocess.Popen([*command, "check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while library not in maps.read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=30)
+    assert (process.returncode, out, said) == (130, "", "mlpdown: interrupted\n")
+
+
+def test_interrupt_while_others_import_the_package_is_theirs() -> None:
+    code = "import signal, mlpdown; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("words", [["nonsense"], ["--nonsense"], ["build", "--nonsense"], ["check", "--dtype", "float64"]])
 def test_wrong_usage_is_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:

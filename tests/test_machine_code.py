@@ -40,8 +40,8 @@ CLUSTER_INSTRUCTIONS = {
 SINGLE_INSTRUCTIONS = {
     "BAR.SYNC": "waits at the CTA's barrier (barrier.cta.sync)",
 }
-# Local memory, tensor cores, atomics: none of these belongs here.
-FORBIDDEN = re.compile(r"^(LDL|STL|HMMA|RED|ATOM|ATOMG)\b")
+# Local memory, tensor cores, atomics, approximations, float64; and on anything: subnormals flushed to zero, rounding not to nearest.
+FORBIDDEN = re.compile(r"(LDL|STL|[HIQD]G?MMA|REDG?|ATOM[GS]?|MUFU|DADD|DMUL|DFMA)(\.|$)|\w+\.(\w+\.)*(FTZ|FMZ|RM|RP|RZ)(\.|$)")
 
 REGISTERS_PER_SM = 65536
 NUM_OTHER_WARPS = 2  # the producer and the epilogue, beside those that sum
@@ -79,10 +79,14 @@ def tools_folder() -> Path:
 
 
 def disassemble(path: Path, target: str) -> dict[Kernel, list[str]]:
-    """Mnemonics of each kernel."""
+    """Mnemonics of each kernel, with their modifiers."""
     environment = {**os.environ, "PATH": f"{tools_folder()}{os.pathsep}{os.environ['PATH']}"}
     command = [str(tools_folder() / "cuobjdump"), "-sass", "-arch", target, str(path)]
     listing = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True).stdout
+    return mnemonics(listing)
+
+
+def mnemonics(listing: str) -> dict[Kernel, list[str]]:
     kernels: dict[Kernel, list[str]] = {}
     current: list[str] = []
     for line in listing.splitlines():
@@ -96,6 +100,26 @@ def disassemble(path: Path, target: str) -> dict[Kernel, list[str]]:
 def is_a(instruction: str, mnemonic: str) -> bool:
     """Whether an instruction is this one, with these modifiers or more."""
     return f"{instruction}.".startswith(f"{mnemonic}.")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "forbidden"),
+    [
+        *((f"{name} R1, R2, R3", True) for name in ("FFMA.FTZ", "FADD.FTZ", "FMUL.FTZ", "FFMA.FTZ.RZ", "FADD.RM", "DFMA")),
+        *((f"{name} R1, R2, R3", True) for name in ("MUFU.RCP", "LDL.64", "STL", "HMMA.16816.F32", "RED.E.ADD", "ATOMG.E")),
+        *((f"{name} R1, R2, R3", False) for name in ("FFMA", "FADD", "HFMA2.MMA", "HADD2.F32", "SYNCS.ARRIVE.TRANS64.RED.A1T0")),
+    ],
+)
+@pytest.mark.parametrize("predicate", ["", "@P0 ", "@!UP3 "])
+def test_what_a_kernel_must_not_hold_is_found_in_its_listing(instruction: str, forbidden: bool, predicate: str) -> None:
+    listing = f"""
+\t\tFunction : _Z4ringI7Float16Lj4ELj2ELj0EEvv
+        /*0000*/                   FFMA R0, R1, R2, R3 ;   /* 0x0 */
+        /*0010*/              {predicate:>5}{instruction} ;   /* 0x0 */
+"""
+    (found,) = mnemonics(listing).values()
+    assert found == ["FFMA", instruction.split()[0]]
+    assert [bool(FORBIDDEN.match(name)) for name in found] == [False, forbidden]
 
 
 @pytest.fixture(scope="module")

@@ -101,3 +101,23 @@ def test_compiled_with_dynamic_shapes_and_the_weight_as_an_input(backend: str) -
             shapes = ((num_tokens, hidden_dim), (num_tokens, hidden_dim), (num_tokens, intermediate_dim))
             tensors = [torch.randn(shape, generator=generator).half() for shape in (*shapes, (hidden_dim, intermediate_dim), (hidden_dim,))]
             assert torch.equal(compiled(*tensors), function(*tensors))
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_neither_dtype_nor_bits(backend: str, autocast_dtype: torch.dtype) -> None:
+    arguments = good(3)
+    product = arguments["mlp_intermediate"], arguments["weight"]
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return mlpdown.run(**arguments, backend=backend), mlpdown.partial_sums(*product, backend=backend)
+
+    right = both()
+    assert [tensor.dtype for tensor in right] == [torch.float16, torch.float32]
+    with torch.autocast("cpu", dtype=autocast_dtype):
+        for got, expected in zip(both(), right, strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+        if backend != "numba":
+            torch._dynamo.reset()
+            compiled = torch.compile(both, backend="eager", fullgraph=True)()
+            assert [tensor.dtype for tensor in compiled] == [torch.float16, torch.float32]

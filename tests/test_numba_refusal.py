@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from mlpdown.backends import _numba_status
 
 ASK = "from mlpdown.numba_refusal import numba_refusal; print(numba_refusal('cpu')); print(numba_refusal('cuda'))"
 
@@ -46,3 +49,16 @@ def test_variable_that_keeps_it_from_running_is_named(variable: str, on_cpu: str
 def test_numba_that_cannot_be_imported(damage: str) -> None:
     for refusal in ask(f"import sys; {damage}\n"):
         assert refusal.startswith("Numba cannot be imported (")
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_NUM_THREADS", "NUMBA_OPT"])
+def test_variable_that_keeps_numba_from_its_import_is_named(variable: str) -> None:
+    for refusal in ask("import sys; sys.modules['numba'] = None\n" if variable == "NUMBA_OPT" else "", **{variable: "0"}):
+        assert refusal.startswith("Numba cannot be imported (") and f": unset {variable}, or reinstall" in refusal
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_status_speaks_of_cuda_tensors_only_where_there_are_any(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    status = _numba_status()
+    assert status.available and status.reason == "the specification, on CPU tensors" + " and on CUDA tensors" * cuda

@@ -54,7 +54,7 @@ def test_schemas() -> None:
     )
 
 
-def test_plan_is_packed_as_the_op_unpacks_it() -> None:
+def test_packed_plan_unpacks_to_itself_in_the_layout_of_the_header() -> None:
     """Member by member, in the header's order; every value that a plan may have fits its bits."""
     activation = Plan(1, 1, 5, 2, 8, activation_in_registers=True, stagger_rows=63)
     largest = Plan(8, 4, 16, 16, 16, True, True, 2, vectors_in_flight=7, activation_in_registers=True, stagger_rows=63)
