@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mlpdown.module import LINEAR_NAMES, full_name, fused_mlp_down, linear_obstacle, module_obstacle, only_pytorch
 from mlpdown.validate import DTYPES, VECTOR_SIZE
 
-from .code import UnknownCode, Unwrapped
+from .code import UnknownCode, Unwrapped, unwrap
 from .forms import DROPOUTS, LAYERS, LINEARS, MLPS, LayerForm, LeafForm, MLPForm, recognise
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
 def _is_whole(cls: Any) -> bool:
     """Whether a class made by :func:`patched_class`, or of one, still has the forward that it was given, and its own class the code."""
     forward, own, replaced, function, code = cls._mlpdown_made
-    return cls.forward is forward and own.forward is replaced and function.__code__ is code
+    return unwrap(cls.forward).function is forward and own.forward is replaced and function.__code__ is code
 
 
 def layer_obstacle(layer: Any, patched: Any, record: Record) -> str | None:
@@ -166,9 +166,7 @@ def _recognise_parts(layer: Any, known: dict[type, Known]) -> str | None:
         if reason is not None:
             return f"mlp {reason}" if forms is MLPS else f"{full_name(cls)} {reason}"
         function = unwrapped.function
-        known[cls] = Known(
-            form, cls.forward, function, function.__code__, cls.__call__, cls._call_impl, names | _CALL
-        )
+        known[cls] = Known(form, cls.forward, function, function.__code__, cls.__call__, cls._call_impl, names | _CALL)
     return None
 
 
@@ -202,7 +200,7 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
     @functools.wraps(unwrapped.function)
     def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
         attributes = self.__dict__
-        records = attributes.get(ATTRIBUTE)
+        records = attributes[ATTRIBUTE] if ATTRIBUTE in attributes else None
         if records is None or own.forward is not replaced or function.__code__ is not code:
             return own.forward(self, hidden_states, *positional, **keywords)
         record, compiling = records[-1], is_compiling()
@@ -332,11 +330,7 @@ def _end_of_mlp(
         if not compiling and (cls.__call__ is not was.call or cls._call_impl is not was.call_impl):
             return f"{prefix}{name} is called in another way than a torch.nn.Module"
         attributes = module.__dict__
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or not was.hidden.isdisjoint(attributes)
-        ):
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or not was.hidden.isdisjoint(attributes):
             return f"{prefix}{name} {module_obstacle(module, was.hidden)}"
         if hidden_states is not None and attributes["training"]:
             return f"{prefix}{name} is in train mode"
@@ -353,7 +347,7 @@ def _end_of_mlp(
     dtype, shape = weight.dtype, weight.shape
     if dtype not in DTYPES:
         return f"mlp.{name}.weight is {dtype}; the op takes torch.float16 and torch.bfloat16"
-    if len(shape) != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
+    if weight.ndim != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
         return f"mlp.{name}.weight is {list(shape)}; the op takes a matrix with a multiple of {VECTOR_SIZE} columns"
     if not weight.is_contiguous():
         return f"mlp.{name}.weight is not contiguous, strides {weight.stride()}"
