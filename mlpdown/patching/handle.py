@@ -17,7 +17,7 @@ import mlpdown
 from mlpdown.module import check_settings
 
 from .code import UnknownCode
-from .layer import ATTRIBUTE, PatchedLayer, Record, Settings, layer_obstacle, own_class, patched_class
+from .layer import ATTRIBUTE, PatchedLayer, Record, Settings, is_whole, layer_obstacle, own_class, patched_class
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -210,6 +210,8 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
             except UnknownCode:
                 classes[cls] = None
         patched = classes[cls]
+        if own_class(cls) is None and ATTRIBUTE in module.__dict__ and is_whole(cls):
+            patched = cls  # somebody has made it of a patched one, and it still runs the op
         if patched is not None:
             names.append(name)
             yield name, module, patched

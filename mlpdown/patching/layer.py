@@ -106,14 +106,12 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     Raises:
         UnknownCode: its forward has code that is not known.
     """
-    if issubclass(own, PatchedLayer) and own_class(own) is None and _is_whole(own):
-        return own  # somebody made it of a patched one
     own = own_class(own) or own
     replaced: Any = own.forward
     form, unwrapped = recognise(own, LAYERS)
     code = unwrapped.function.__code__
     for cls in own.__subclasses__():
-        if own_class(cls) is own and _is_whole(cls):
+        if own_class(cls) is own and is_whole(cls):
             return cls
     forward = _make_forward(own, replaced, form, unwrapped)
     content = {
@@ -128,7 +126,7 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     return metaclass(own.__name__, (PatchedLayer, own), content)
 
 
-def _is_whole(cls: Any) -> bool:
+def is_whole(cls: Any) -> bool:
     """Whether a class made by :func:`patched_class`, or of one, still has the forward that it was given, and its own class the code."""
     forward, own, replaced, function, code = cls._mlpdown_made
     return unwrap(cls.forward).function is forward and own.forward is replaced and function.__code__ is code
@@ -200,7 +198,7 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
     @functools.wraps(unwrapped.function)
     def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
         attributes = self.__dict__
-        records = attributes[ATTRIBUTE] if ATTRIBUTE in attributes else None
+        records = attributes[ATTRIBUTE] if ATTRIBUTE in attributes else None  # noqa: SIM401 a call less
         if records is None or own.forward is not replaced or function.__code__ is not code:
             return own.forward(self, hidden_states, *positional, **keywords)
         record, compiling = records[-1], is_compiling()
