@@ -210,7 +210,8 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
             except UnknownCode:
                 classes[cls] = None
         patched = classes[cls]
-        if own_class(cls) is None and ATTRIBUTE in module.__dict__ and is_whole(cls):
+        is_theirs = isinstance(module, PatchedLayer) and own_class(cls) is None
+        if is_theirs and ATTRIBUTE in module.__dict__ and is_whole(cls):
             patched = cls  # somebody has made it of a patched one, and it still runs the op
         if patched is not None:
             names.append(name)
