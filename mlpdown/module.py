@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mlpdown import ops, torch_backend
-from mlpdown.backends import say_once
-from mlpdown.validate import DTYPES, needs_grad
+from mlpdown.backends import check_name, say_once
+from mlpdown.validate import DTYPES, PLAIN_CLASSES, check_plan_type, needs_grad, overrides_torch
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -50,6 +52,7 @@ class MLPDown(nn.Module):
         plan: Plan | None = None,
         weight_prefetch: bool = False,
     ) -> None:
+        check_settings(backend, plan, weight_prefetch)
         super().__init__()
         # The linear initialises the parameters; they are taken over, it is not kept.
         self._take_over(nn.Linear(intermediate_dim, hidden_dim, bias, device=device, dtype=dtype))
@@ -63,11 +66,13 @@ class MLPDown(nn.Module):
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear``: a subclass (quantised, adapted) computes something else.
-            ValueError: ``linear`` has hooks or a forward of its own, or its weight is derived from other parameters (pruned, normed).
+            ValueError: ``linear`` has hooks or a forward of its own, or its weight is derived from other parameters (pruned, normed);
+                or ``backend`` is not a backend.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear must be a torch.nn.Linear, got {full_name(type(linear))}")
-        reason = linear_obstacle(linear)
+        check_settings(backend, plan, weight_prefetch)
+        reason = linear_obstacle(linear) or _obstacle_of_all_linears()
         if reason is not None:
             raise ValueError(f"linear must compute what its parameters say, but it {reason}")
         module = cls.__new__(cls)
@@ -99,10 +104,12 @@ class MLPDown(nn.Module):
         if weight.dtype not in DTYPES:
             reason = f"weight is {weight.dtype}"
         # While a module is traced for export its parameters have another type.
-        elif type(weight) is not nn.Parameter and not torch.compiler.is_compiling():
+        elif type(weight) not in PLAIN_CLASSES and not torch.compiler.is_compiling():
             if _is_sharded(weight):
                 return self._run_sharded(mlp_intermediate, hidden_states, attn_output)
-            reason = f"weight is a {full_name(type(weight))}"
+            # A subclass that only adds to a tensor is still its data.
+            if overrides_torch(weight) or is_traceable_wrapper_subclass(weight):
+                reason = f"weight is a {full_name(type(weight))}"
         if reason is not None and self.backend in ("auto", "torch"):
             if self.backend == "auto":
                 say_once(f"MLPDown is computed by PyTorch: {reason}", level=logging.INFO)
@@ -169,8 +176,17 @@ def only_pytorch() -> str | None:
     return None
 
 
-def module_obstacle(module: nn.Module) -> str | None:
-    """Why a call of ``module`` is more than its class' forward, or None."""
+def check_settings(backend: object, plan: object, weight_prefetch: object) -> None:
+    """Raise TypeError or ValueError unless ``mlpdown.run`` takes these."""
+    check_name(backend)
+    if plan is not None:
+        check_plan_type(plan)
+    if type(weight_prefetch) is not bool:
+        raise TypeError(f"weight_prefetch must be True or False, got {type(weight_prefetch).__name__}")
+
+
+def module_obstacle(module: nn.Module, names: frozenset[str] = frozenset()) -> str | None:
+    """Why a call of ``module`` is more than its class' forward on the parts that have these names, or None."""
     attributes = module.__dict__
     if "forward" in attributes:
         return "has a forward of its own (offloaded, dispatched or wrapped)"
@@ -178,6 +194,10 @@ def module_obstacle(module: nn.Module) -> str | None:
         return "has forward hooks (tensor-parallel, or somebody listens)"
     if "_compiled_call_impl" in attributes:
         return "has been compiled by itself"
+    if "_call_impl" in attributes:
+        return "is called in another way than a torch.nn.Module"
+    for name in names.intersection(attributes):
+        return f"has an attribute {name}, which hides its own"
     return None
 
 
@@ -189,7 +209,24 @@ def linear_obstacle(linear: nn.Linear) -> str | None:
         parameter = linear._parameters[name]
         if parameter is not None and type(parameter) is not nn.Parameter and not _is_sharded(parameter):
             return f"has a {name} that is a {full_name(type(parameter))}, not a torch.nn.Parameter"
-    return module_obstacle(linear)
+    if linear._backward_hooks or linear._backward_pre_hooks:
+        return "has backward hooks"
+    return module_obstacle(linear, LINEAR_NAMES)
+
+
+LINEAR_NAMES = frozenset(("weight", "bias"))
+
+
+def _obstacle_of_all_linears() -> str | None:
+    from mlpdown.patching.forms import LINEARS, UnknownCode, recognise
+
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "has forward hooks (of all modules)"
+    try:
+        recognise(nn.Linear, LINEARS)
+    except UnknownCode as error:
+        return f"has other code than PyTorch's: {error}"
+    return None
 
 
 def full_name(cls: type) -> str:

@@ -104,18 +104,28 @@ def verify(function: FunctionType) -> None:
 
     Raises:
         UnknownCode: this Python makes other code of it (a file may have changed since, and a function may name a file that it is not
-            from), it is a closure, or a global name does not stand for the module that it names.
+            from), it has other defaults, it is a closure, or a global name does not stand for the module that it names.
     """
     code = function.__code__
     if code.co_freevars:
         raise UnknownCode(f"it is a closure over {', '.join(code.co_freevars)}")
     # Python makes other code for a call of a function in an imported module, hence the import.
-    bare = ast.FunctionDef(**{**dict(ast.iter_fields(_definition(function))), "decorator_list": [], "returns": None})
+    definition = _definition(function)
+    bare = ast.FunctionDef(**{**dict(ast.iter_fields(definition)), "decorator_list": [], "returns": None})
     imports = ast.Import([ast.alias(name) for name in MODULES])
     module = compile(ast.fix_missing_locations(ast.Module([imports, bare], [])), "<source>", "exec", dont_inherit=True)
     made = code_within(module, (bare.name,))
     if made is None or _content(made) != _content(code):
         raise UnknownCode("it was not made from the source in its file")
+    arguments = definition.args
+    named = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    try:
+        positional = tuple(map(ast.literal_eval, arguments.defaults))
+        by_name = {each.arg: ast.literal_eval(value) for each, value in named if value is not None}
+    except ValueError:
+        raise UnknownCode("it has defaults that are no constants") from None
+    if repr((positional, by_name)) != repr((function.__defaults__ or (), function.__kwdefaults__ or {})):
+        raise UnknownCode("its defaults are not those in its source")
     for name in code.co_names:
         if name in function.__globals__ and function.__globals__[name] is not sys.modules.get(MODULES.get(name, "")):
             raise UnknownCode(f"its name {name!r} stands for something else")

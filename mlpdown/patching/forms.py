@@ -7,7 +7,8 @@ the forms that are here. Where versions of transformers differ in a place of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,12 @@ class LayerForm:
     """Whether the attention is given the keywords that the layer does not name."""
     answer: Answer | None = None
     """What the layer answers; None for the hidden states alone."""
+    modules: frozenset[str] = field(init=False)
+    """The names by which its code takes modules."""
+
+    def __post_init__(self) -> None:
+        names = ("mlp", self.norm, self.attention, self.mlp_norm, self.attention_dropout, self.mlp_dropout)
+        object.__setattr__(self, "modules", frozenset(each for each in names if each is not None))
 
 
 @dataclass(frozen=True)
@@ -202,8 +209,8 @@ DROPOUTS = (LeafForm("torch.nn.Dropout", "9cf120a0 7448cb1e"),)
 
 Form = TypeVar("Form", LayerForm, MLPForm, LeafForm)
 
-_known: dict[Any, LayerForm | MLPForm | LeafForm] = {}
-"""The form of each method that has been recognised, so that none is read twice."""
+_known: dict[FunctionType, tuple[CodeType, LayerForm | MLPForm | LeafForm]] = {}
+"""The form of each method that has been recognised, so that none is read twice, and the code that it had: code may be replaced in place."""
 
 
 def recognise(cls: type, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
@@ -212,16 +219,19 @@ def recognise(cls: type, forms: tuple[Form, ...]) -> tuple[Form, Unwrapped]:
     Raises:
         UnknownCode: it has none of ``forms``; the message says what differs from the nearest.
     """
-    function = getattr(cls, "forward", None)
-    unwrapped = unwrap(function)
-    form = _known.get(function)
-    if form not in forms:
-        try:
-            form = _match(unwrapped.function, forms)
-            verify(unwrapped.function)
-        except UnknownCode as error:
-            raise UnknownCode(f"{cls.__module__}.{cls.__qualname__}.forward is not known: {error}") from None
-        _known[function] = form
+    unwrapped = unwrap(getattr(cls, "forward", None))
+    function = unwrapped.function
+    # Only of a plain function is it sure that it equals no other.
+    code, known = _known.get(function, (None, None)) if type(function) is FunctionType else (None, None)
+    for form in forms:
+        if form is known and code is function.__code__:
+            return form, unwrapped
+    try:
+        form = _match(function, forms)
+        verify(function)
+    except UnknownCode as error:
+        raise UnknownCode(f"{cls.__module__}.{cls.__qualname__}.forward is not known: {error}") from None
+    _known[function] = function.__code__, form
     return form, unwrapped
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import mlpdown
-from mlpdown.backends import BACKENDS
+from mlpdown.module import check_settings
 
 from .code import UnknownCode
-from .layer import ATTRIBUTE, PatchedLayer, Record, Settings, layer_obstacle, own_class, patched_class
+from .layer import ATTRIBUTE, PatchedLayer, Record, Settings, is_whole, layer_obstacle, own_class, patched_class
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -115,7 +115,8 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
     model's own by rounding: once here, up to three times there.
 
     A layer is skipped, and the report says why, when its code is not known, or its MLP is quantised, adapted (PEFT), offloaded, hooked,
-    tensor-parallel or of another dtype. What changes afterwards is noticed at the next call. A patch that raises patches nothing.
+    tensor-parallel or of another dtype. What changes afterwards is noticed at the next call; of what changes on a class, only its
+    ``forward``, ``__call__`` and ``_call_impl``. A patch that raises patches nothing.
 
     Args:
         model: the model, or any module that contains its layers.
@@ -130,13 +131,13 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
         ``32 of 32 layers patched``.
 
     Raises:
-        TypeError: ``model`` is not a module. ValueError: it contains no layers, or ``backend`` is not a backend.
+        TypeError: ``model`` is not a module, ``plan`` not a plan, or ``weight_prefetch`` not a bool.
+        ValueError: the model contains no layers, or ``backend`` is not a backend.
         RuntimeError: the named backend cannot run here.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+    check_settings(backend, plan, weight_prefetch)
     if backend != "auto":
         status = mlpdown.backends()[backend]
         if not status.available:
@@ -156,19 +157,22 @@ def patch(model: nn.Module, *, backend: str = "auto", weight_prefetch: bool = Fa
             raise ValueError(
                 f"model must contain the layers of a transformer, as items of a torch.nn.ModuleList, got {type(model).__name__} without any"
             )
+        # Asked before any layer changes, since it may build the library.
+        chosen, passed_over = _backend_of_one_token(backend, [layer for _, layer, _ in layers])
+        num_layers = len(layers) + len(skipped)
+        handle.report = PatchReport(num_layers, len(layers), chosen, passed_over, skipped)
         try:
             for name, layer, cls in layers:
                 handle._layers.append((name, layer))
                 _hold(layer, cls, handle._record)
+            if skipped:
+                logger.warning(
+                    "%d of %d layers are not patched: print the handle for the reasons", len(skipped), num_layers
+                )
+            logger.info("%s", handle.report)
         except BaseException:
             handle.unpatch()
             raise
-    chosen, passed_over = _backend_of_one_token(backend, [layer for _, layer, _ in layers])
-    num_layers = len(layers) + len(skipped)
-    handle.report = PatchReport(num_layers, len(layers), chosen, passed_over, skipped)
-    if skipped:
-        logger.warning("%d of %d layers are not patched: print the handle for the reasons", len(skipped), num_layers)
-    logger.info("%s", handle.report)
     return handle
 
 
@@ -202,10 +206,13 @@ def _find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Mod
             continue
         if cls not in classes:
             try:
-                classes[cls] = cls if own_class(cls) is not None else patched_class(cls)
+                classes[cls] = patched_class(cls)
             except UnknownCode:
                 classes[cls] = None
         patched = classes[cls]
+        is_theirs = isinstance(module, PatchedLayer) and own_class(cls) is None
+        if is_theirs and ATTRIBUTE in module.__dict__ and is_whole(cls):
+            patched = cls  # somebody has made it of a patched one, and it still runs the op
         if patched is not None:
             names.append(name)
             yield name, module, patched

@@ -8,7 +8,8 @@ import inspect
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mlpdown.module import full_name, fused_mlp_down, linear_obstacle, module_obstacle, only_pytorch
+from mlpdown.module import LINEAR_NAMES, full_name, fused_mlp_down, linear_obstacle, module_obstacle, only_pytorch
 from mlpdown.validate import DTYPES, VECTOR_SIZE
 
-from .code import UnknownCode, Unwrapped
-from .forms import DROPOUTS, LAYERS, LINEARS, MLPS, LayerForm, MLPForm, recognise
+from .code import UnknownCode, Unwrapped, unwrap
+from .forms import DROPOUTS, LAYERS, LINEARS, MLPS, LayerForm, LeafForm, MLPForm, recognise
 
 if TYPE_CHECKING:
     import weakref
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_mlpdown"
 """Of a layer that is patched: the records of the patches that hold it, the newest last. The only attribute that a patch adds."""
 
-MODULE_CALL, LINEAR = nn.Module.__call__, torch._C._nn.linear
+LINEAR = torch._C._nn.linear
+_CALL = frozenset(("forward", "_call_impl", "_compiled_call_impl"))
+"""Attributes of a module that take the place of its class' own in a call."""
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -47,15 +50,29 @@ class Settings:
     plan: Plan | None = None
 
 
+class Known(NamedTuple):
+    """What a class of modules was when it was recognised."""
+
+    form: MLPForm | LeafForm
+    forward: Any
+    function: Any
+    """Its forward without decorators."""
+    code: CodeType
+    call: Any
+    call_impl: Any
+    hidden: frozenset[str]
+    """The attributes that no module of the class may have in its dictionary."""
+
+
 class Record:
     """What a layer keeps of one ``patch``: its settings, and a count of what became of the calls. All layers of that patch share it."""
 
     def __init__(self, settings: Settings, handle: weakref.ref[Any] | None = None) -> None:
         self.settings, self.handle = settings, handle
         self.calls: defaultdict[str, int] = defaultdict(int)
-        # The methods that were recognised for these layers. One dictionary for all patches would make every compiled model compile anew
+        # The classes that were recognised for these layers. One dictionary for all patches would make every compiled model compile anew
         # whenever another model is patched.
-        self.known: dict[Any, Any] = {}
+        self.known: dict[type, Known] = {}
 
     def __reduce__(self) -> Any:
         return Record, (self.settings,)  # a copy of the layer is no longer the handle's
@@ -89,26 +106,35 @@ def patched_class(own: type[nn.Module]) -> type[nn.Module]:
     Raises:
         UnknownCode: its forward has code that is not known.
     """
+    own = own_class(own) or own
     replaced: Any = own.forward
     form, unwrapped = recognise(own, LAYERS)
+    code = unwrapped.function.__code__
     for cls in own.__subclasses__():
-        if cls.__dict__.get("_mlpdown_replaced") is replaced:
+        if own_class(cls) is own and is_whole(cls):
             return cls
+    forward = _make_forward(own, replaced, form, unwrapped)
     content = {
         "__module__": __name__,
         "__qualname__": own.__qualname__,
-        "forward": _make_forward(own, replaced, form, unwrapped),
+        "forward": forward,
         "_mlpdown_own": own,
-        "_mlpdown_replaced": replaced,
+        "_mlpdown_made": (forward, own, replaced, unwrapped.function, code),
         "_mlpdown_form": form,
     }
     metaclass: Any = type(own)
     return metaclass(own.__name__, (PatchedLayer, own), content)
 
 
+def is_whole(cls: Any) -> bool:
+    """Whether a class made by :func:`patched_class`, or of one, still has the forward that it was given, and its own class the code."""
+    forward, own, replaced, function, code = cls._mlpdown_made
+    return unwrap(cls.forward).function is forward and own.forward is replaced and function.__code__ is code
+
+
 def layer_obstacle(layer: Any, patched: Any, record: Record) -> str | None:
     """Why the op cannot stand in for the end of this layer's MLP once the layer is of class ``patched``, or None."""
-    reason = _recognise_parts(layer, record.known)
+    reason = _class_obstacle(patched, patched._mlpdown_form.modules) or _recognise_parts(layer, record.known)
     if reason is None:
         found = _end_of_mlp(layer, patched._mlpdown_form, record.known)
         reason = found if isinstance(found, str) else None
@@ -124,21 +150,47 @@ def _new_layer(own: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _recognise_parts(layer: Any, known: dict[Any, Any]) -> str | None:
-    try:
-        parts: Any = ((type(layer._modules.get("mlp")), MLPS), (nn.Linear, LINEARS), (nn.Dropout, DROPOUTS))
-        for cls, forms in parts:
-            form, _ = recognise(cls, forms)
-            known[cls.forward] = form
-    except UnknownCode as error:
-        return f"mlp: {error}"
+def _recognise_parts(layer: Any, known: dict[type, Known]) -> str | None:
+    parts: Any = ((type(layer._modules.get("mlp")), MLPS), (nn.Linear, LINEARS), (nn.Dropout, DROPOUTS))
+    for cls, forms in parts:
+        try:
+            form, unwrapped = recognise(cls, forms)
+        except UnknownCode as error:
+            return f"mlp: {error}"
+        names = LINEAR_NAMES if cls is nn.Linear else frozenset()
+        if type(form) is MLPForm:
+            names = frozenset((*form.modules, *((form.dropout,) if form.dropout else ())))
+        reason = _class_obstacle(cls, names)
+        if reason is not None:
+            return f"mlp {reason}" if forms is MLPS else f"{full_name(cls)} {reason}"
+        function = unwrapped.function
+        known[cls] = Known(form, cls.forward, function, function.__code__, cls.__call__, cls._call_impl, names | _CALL)
+    return None
+
+
+def _class_obstacle(cls: Any, names: frozenset[str]) -> str | None:
+    """Why a module of this class may be called, or may find these parts of itself, in another way than a ``torch.nn.Module``; or None."""
+    # Those of nn.Module are not taken for granted either: they may have been replaced before this package was there.
+    for function in (cls.__call__, cls._call_impl):
+        if (
+            type(function) is not FunctionType
+            or function.__globals__ is not vars(module_hooks)
+            or function.__code__.co_name not in ("_wrapped_call_impl", "_call_impl")
+        ):
+            return "is called in another way than a torch.nn.Module"
+    if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not object.__getattribute__:
+        return "looks up its attributes in another way than a torch.nn.Module"
+    for each in cls.__mro__:
+        for name in names.intersection(vars(each)):
+            return f"has a class with an attribute {name}, which hides its own"
     return None
 
 
 def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped) -> Any:
     """The forward of a layer of this form. It lives on where somebody has wrapped it: then it may find the layer no longer patched."""
     own_forward, renamed = unwrapped.uncheckpointed, unwrapped.renamed
-    parameters = list(inspect.signature(unwrapped.function).parameters.values())[2:]
+    function, code = unwrapped.function, unwrapped.function.__code__
+    parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())[2:]
     named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     names = frozenset(each.name for each in named)
     defaults = {each.name: each.default for each in named if each.default is not each.empty}
@@ -146,8 +198,8 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
     @functools.wraps(unwrapped.function)
     def forward(self: Any, hidden_states: torch.Tensor, *positional: Any, **keywords: Any) -> Any:
         attributes = self.__dict__
-        records = attributes.get(ATTRIBUTE)
-        if records is None or own.forward is not replaced:
+        records = attributes[ATTRIBUTE] if ATTRIBUTE in attributes else None  # noqa: SIM401 a call less
+        if records is None or own.forward is not replaced or function.__code__ is not code:
             return own.forward(self, hidden_states, *positional, **keywords)
         record, compiling = records[-1], is_compiling()
         found: Any = _refusal(self, hidden_states, compiling)
@@ -232,7 +284,7 @@ def _refusal(layer: Any, hidden_states: Any, compiling: bool) -> str | None:
 def _end_of_mlp(
     layer: Any,
     form: LayerForm,
-    known: dict[Any, Any],
+    known: dict[type, Known],
     hidden_states: torch.Tensor | None = None,
     compiling: bool = False,
 ) -> tuple[MLPForm, dict[str, Any], torch.Tensor, torch.Tensor | None] | str:
@@ -242,17 +294,22 @@ def _end_of_mlp(
     Every call asks this, since hooks, modules and weights change unnoticed. So it reads dictionaries: ``nn.Module.__getattr__`` takes ten
     times as long.
     """
-    modules = layer.__dict__["_modules"]
+    attributes = layer.__dict__
+    modules, names = attributes["_modules"], form.modules
+    if form.one_norm_if_parallel and getattr(layer, form.parallel):  # type: ignore[arg-type]
+        names = names - {form.mlp_norm}
+    for name in names:
+        if name not in modules or modules[name] is None:
+            return f"{name} is not a module"
+    if not names.isdisjoint(attributes):
+        return "the layer has an attribute that hides one of its modules"
     mlp = modules["mlp"]
-    mlp_form = known.get(type(mlp).forward)
+    mlp_form: Any = known[type(mlp)].form if type(mlp) in known else None
     if type(mlp_form) is not MLPForm:
         return "mlp has other code than when the model was patched"
-    # Export replaces the call of every module.
-    if type(mlp).__call__ is not MODULE_CALL and not compiling:
-        return "mlp is called in another way than a torch.nn.Module"
     mlp_modules = mlp.__dict__["_modules"]
-    for name in mlp_form.modules:
-        if name not in mlp_modules:
+    for name in mlp_form.modules if mlp_form.dropout is None else (mlp_form.dropout, *mlp_form.modules):
+        if name not in mlp_modules or mlp_modules[name] is None:
             return f"mlp.{name} is not a module"
     linear = mlp_modules[name]
     stepped_over: tuple[tuple[str, str, Any, Any], ...] = (("", "mlp", mlp, None), ("mlp.", name, linear, nn.Linear))
@@ -261,16 +318,18 @@ def _end_of_mlp(
     if mlp_form.dropout is not None:
         stepped_over += (("mlp.", mlp_form.dropout, mlp_modules[mlp_form.dropout], nn.Dropout),)
     for prefix, name, module, cls in stepped_over:
-        if cls is not None and (type(module) is not cls or cls.forward not in known):
+        if cls is not None and (type(module) is not cls or cls not in known):
             return f"{prefix}{name} is a {full_name(type(module))}, not a {full_name(cls)} (quantised, adapted or replaced)"
+        cls = type(module)
+        was = known[cls]
+        if cls.forward is not was.forward or was.function.__code__ is not was.code:
+            return f"{prefix}{name} has other code than when the model was patched"
+        # Export replaces the call of every module.
+        if not compiling and (cls.__call__ is not was.call or cls._call_impl is not was.call_impl):
+            return f"{prefix}{name} is called in another way than a torch.nn.Module"
         attributes = module.__dict__
-        if (
-            "forward" in attributes
-            or attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or "_compiled_call_impl" in attributes
-        ):
-            return f"{prefix}{name} {module_obstacle(module)}"
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or not was.hidden.isdisjoint(attributes):
+            return f"{prefix}{name} {module_obstacle(module, was.hidden)}"
         if hidden_states is not None and attributes["training"]:
             return f"{prefix}{name} is in train mode"
     name = mlp_form.modules[-1]
@@ -286,7 +345,7 @@ def _end_of_mlp(
     dtype, shape = weight.dtype, weight.shape
     if dtype not in DTYPES:
         return f"mlp.{name}.weight is {dtype}; the op takes torch.float16 and torch.bfloat16"
-    if len(shape) != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
+    if weight.ndim != 2 or 0 in shape or shape[1] % VECTOR_SIZE:
         return f"mlp.{name}.weight is {list(shape)}; the op takes a matrix with a multiple of {VECTOR_SIZE} columns"
     if not weight.is_contiguous():
         return f"mlp.{name}.weight is not contiguous, strides {weight.stride()}"

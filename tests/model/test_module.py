@@ -183,3 +183,44 @@ def test_importing_the_package_imports_no_transformers() -> None:
         "import sys, mlpdown; mlpdown.MLPDown; mlpdown.patch; mlpdown.unpatch; sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+
+
+class Harmless(nn.Parameter):
+    """A parameter that only has another class."""
+
+
+@pytest.mark.parametrize("make", [lambda weight: weight.data, lambda weight: Harmless(weight.data)])
+@torch.no_grad()
+def test_weight_that_is_its_data_is_taken_by_a_named_backend(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    module = mlpdown.MLPDown.from_linear(make_linear(), backend="numba")
+    inputs = make_inputs()
+    expected = module(*inputs)
+    del module._parameters["weight"]
+    module.__dict__["weight"] = make(make_linear().weight)
+    assert module(*inputs).shape == expected.shape
+
+
+def replace_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: own(self, input) * 2)
+
+
+@pytest.mark.parametrize("how", ["backward hook", "hidden weight", "replaced forward", "hook of all modules"])
+def test_from_linear_refuses_what_patch_refuses(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = make_linear()
+    handle: Any = None
+    if how == "backward hook":
+        linear.register_full_backward_hook(lambda *_: None)
+    elif how == "hidden weight":
+        linear.__dict__["weight"] = linear.weight.data * 2
+    elif how == "replaced forward":
+        replace_forward(monkeypatch)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="linear must compute what its parameters say"):
+            mlpdown.MLPDown.from_linear(linear)
+    finally:
+        if handle is not None:
+            handle.remove()
