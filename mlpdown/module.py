@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
@@ -116,7 +116,7 @@ class MLPDown(nn.Module):
             return torch_backend.compute(hidden_states, attn_output, mlp_intermediate, weight, bias)
         if reason is not None and reason != AUTOCAST and weight.dtype in DTYPES:
             raise RuntimeError(f"backend {self.backend!r} cannot be used while {reason}: take backend='torch'")
-        return fused_mlp_down(
+        return ops.run(
             hidden_states,
             attn_output,
             mlp_intermediate,
@@ -231,45 +231,3 @@ def _obstacle_of_all_linears() -> str | None:
 
 def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def fused_mlp_down(
-    hidden_states: torch.Tensor,
-    attn_output: torch.Tensor | None,
-    mlp_intermediate: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    backend: str,
-    plan: Plan | None,
-    weight_prefetch: bool,
-) -> torch.Tensor:
-    """``mlpdown.run``, also where ``torch.compile`` traces the call: the ``numba`` backend is host code, so it goes in as one opaque op."""
-    if backend == "numba" and torch.compiler.is_compiling():
-        return _numba_mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias)
-    return ops.run(
-        hidden_states,
-        attn_output,
-        mlp_intermediate,
-        weight,
-        bias,
-        backend=backend,
-        plan=plan,
-        weight_prefetch=weight_prefetch,
-    )
-
-
-@torch.library.custom_op("mlpdown::numba_mlp_down", mutates_args=())
-def _numba_mlp_down(
-    hidden_states: torch.Tensor,
-    attn_output: torch.Tensor | None,
-    mlp_intermediate: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return ops.run(hidden_states, attn_output, mlp_intermediate, weight, bias, backend="numba")
-
-
-@_numba_mlp_down.register_fake
-def _(hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -21,8 +21,6 @@ def run(
     validate.check_arguments(hidden_states, attn_output, mlp_intermediate, weight, bias, out)
     validate.check_no_grad("numba", hidden_states, attn_output, mlp_intermediate, weight, bias, out)
     if _is_watched(hidden_states, attn_output, mlp_intermediate, weight, bias, out):
-        from .module import _numba_mlp_down
-
         opaque = _numba_mlp_down(hidden_states, attn_output, mlp_intermediate, weight, bias)
         return opaque if out is None else out.copy_(opaque)
     _check_here(weight)
@@ -42,6 +40,22 @@ def partial_sums(mlp_intermediate: torch.Tensor, weight: torch.Tensor) -> torch.
         return _numba_partial_sums(mlp_intermediate, weight)
     _check_here(weight)
     return _row_sums(_rows(mlp_intermediate), _rows(weight)).view(*mlp_intermediate.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("mlpdown::numba_mlp_down", mutates_args=())
+def _numba_mlp_down(
+    hidden_states: torch.Tensor,
+    attn_output: torch.Tensor | None,
+    mlp_intermediate: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return run(hidden_states, attn_output, mlp_intermediate, weight, bias, None)
+
+
+@_numba_mlp_down.register_fake
+def _(hidden_states: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("mlpdown::numba_partial_sums", mutates_args=())

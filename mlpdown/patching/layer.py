@@ -19,7 +19,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mlpdown.module import LINEAR_NAMES, full_name, fused_mlp_down, linear_obstacle, module_obstacle, only_pytorch
+from mlpdown import ops
+from mlpdown.module import LINEAR_NAMES, full_name, linear_obstacle, module_obstacle, only_pytorch
 from mlpdown.validate import DTYPES, VECTOR_SIZE
 
 from .code import UnknownCode, Unwrapped, unwrap
@@ -238,7 +239,7 @@ def _make_forward(own: Any, replaced: Any, form: LayerForm, unwrapped: Unwrapped
             hidden_states, attn_output = hidden_states + attn_output, None
         if form.mlp_norm is not None and not (parallel and form.one_norm_if_parallel):
             normed = modules[form.mlp_norm](hidden_states)
-        out = fused_mlp_down(
+        out = ops.run(
             hidden_states,
             attn_output,
             mlp_form.intermediate(normed, mlp_modules, mlp_form.modules),

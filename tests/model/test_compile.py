@@ -14,7 +14,6 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import StaticCache
 
 import mlpdown
-from mlpdown.module import fused_mlp_down
 
 from .conftest import NUM_LAYERS, layers_of, make_model, step
 
@@ -164,7 +163,7 @@ def test_opaque_op_is_the_numba_backend() -> None:
     assert hidden_states is not None and mlp_intermediate is not None and weight is not None
     expected = mlpdown.run(hidden_states, attn_output, mlp_intermediate, weight, bias, backend="numba")
     settings: dict[str, Any] = dict(backend="numba", plan=None, weight_prefetch=False)
-    compiled = torch.compile(fused_mlp_down, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(mlpdown.run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden_states, attn_output, mlp_intermediate, weight, bias, **settings), expected)
 
 
